@@ -73,7 +73,7 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: GateRule) -> Ro
     """logits [T, E], bias [E] or None -> Routing, ties broken as torch.topk breaks them.
 
     sigmoid (DeepSeek-V3 report, arXiv 2412.19437, eq. 12-16 and section 2.1.2): chosen by sigmoid + bias, first the
-    topk_groups groups with the highest sum of their two best, then top_k experts in them; weighted by the sigmoid alone.
+    topk_groups groups with the highest sum of their two best, then top_k experts there; weighted by the sigmoid alone.
     softmax (Mixtral, arXiv 2401.04088, section 2.1): the top_k experts, weights summing to one.
     The weights hold routed_scaling_factor.
     """
@@ -118,7 +118,7 @@ def dequantize_blocks(q: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int
 
 
 def quantize_tokens(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
-    """x [T, H] -> q [T, H] of the FP8 dtype, scale_inv float32 [T, ceil(H / 128)]; one scale per token and 128 columns."""
+    """x [T, H] -> q [T, H] of the FP8 dtype, scale_inv float32 [T, ceil(H / 128)]: a scale per token and 128 columns."""
     return quantize_blocks(x, (1, TOKEN_BLOCK), dtype)
 
 
