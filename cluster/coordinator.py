@@ -1,0 +1,245 @@
+"""The coordinator actor: membership, placement, addresses, restarts. Never on the per-layer path.
+
+    waiting ─> starting ─> loading ─> up ─┐
+                  ^                       │ process ended, or the data plane gave it up
+                  └──────── restart <─────┘        (MAX_RESTARTS in a row without coming up: failed)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ep.cluster.shard_actor import ShardActor, ShardSetup
+from ep.errors import ClusterError, ShardLostError, UserError
+from ep.link import NAMESPACE, Link
+
+if TYPE_CHECKING:
+    from ep.transport.base import Endpoint
+
+MAX_RESTARTS = 3
+_PING_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class CoordinatorSetup:
+    """num_cpus, num_gpus: what each shard takes from its placement group bundle."""
+
+    link: Link
+    model: str
+    checkpoint: str
+    placement: dict[str, Any]
+    num_shards: int
+    num_threads: int
+    num_cpus: float
+    num_gpus: float
+    key: bytes
+
+
+@dataclass(frozen=True)
+class Member:
+    """A shard that can be reached: its incarnation counts its starts."""
+
+    shard_idx: int
+    incarnation: int
+    endpoint: Endpoint
+
+
+@dataclass
+class _Shard:
+    shard_idx: int
+    incarnation: int = 0
+    state: str = "waiting"
+    actor: Any = None
+    endpoint: Endpoint | None = None
+    error: str = ""
+    restarts: list[float] = field(default_factory=list)
+
+
+class Coordinator:
+    """Runs with many control threads: routers wait in `replacement` while a shard is restarted."""
+
+    def __init__(self, setup: CoordinatorSetup, placement_group: Any) -> None:
+        self._setup = setup
+        self._group = placement_group
+        self._changed = threading.Condition()
+        self._shards = [_Shard(i) for i in range(setup.num_shards)]
+        self._phases: dict[int, str] = {}
+        self._user_error: UserError | None = None
+        self._closing = False
+        self._started_at = time.time()
+        for shard in self._shards:
+            threading.Thread(target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}").start()
+
+    def members(self, timeout_s: float) -> list[Member]:
+        """All shards, once all are up. Raises the loading error of a shard, ClusterError after timeout_s."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._user_error or self._failed() or self._all_up(), timeout_s)
+            if self._user_error is not None:
+                raise self._user_error
+            if failed := self._failed():
+                raise ClusterError(f"shard {failed.shard_idx} could not be started: {failed.error}")
+            late = [s.shard_idx for s in self._shards if s.state != "up"]
+            if late:
+                raise ClusterError(f"shards {late} are not up after {timeout_s:g} s")
+            return [self._member(shard) for shard in self._shards]
+
+    def replacement(self, shard_idx: int, incarnation: int, reason: str, timeout_s: float) -> Member:
+        """The shard's next incarnation, once it is up; `incarnation` is the one that a router lost.
+
+        Raises ShardLostError where none comes up within timeout_s seconds.
+        """
+        shard = self._shards[shard_idx]
+        self._give_up(shard, incarnation, reason)
+        with self._changed:
+            done = self._changed.wait_for(
+                lambda: shard.state == "failed" or (shard.state == "up" and shard.incarnation > incarnation), timeout_s
+            )
+            if not done:
+                raise ShardLostError(shard_idx, f"{reason}; not back within {timeout_s:g} s ({shard.state})")
+            if shard.state == "failed":
+                raise ShardLostError(shard_idx, f"{reason}; restarts failed: {shard.error}")
+            return self._member(shard)
+
+    def set_phase(self, rank: int, phase: str) -> None:
+        """A router says what it is doing, for the terminal."""
+        self._phases[rank] = phase
+
+    def progress(self) -> dict[str, Any]:
+        """For the terminal while things start: state and experts loaded of every shard, phase of every router."""
+        calls = {s.shard_idx: s.actor.progress.remote() for s in self._shards if s.actor is not None}
+        loaded = {idx: _get(ref, (0, 0)) for idx, ref in calls.items()}
+        shards = [{"state": s.state, "experts": loaded.get(s.shard_idx, (0, 0))} for s in self._shards]
+        return {"shards": shards, "routers": dict(self._phases)}
+
+    def status(self) -> dict[str, Any]:
+        """Everything that `ep status` prints of the shards and the instance."""
+        calls = {s.shard_idx: s.actor.status.remote() for s in self._shards if s.state == "up"}
+        live = {idx: _get(ref, {}) for idx, ref in calls.items()}
+        shards = [
+            {
+                "shard_idx": s.shard_idx,
+                "state": s.state,
+                "incarnation": s.incarnation,
+                "restart_seconds": s.restarts,
+                "error": s.error,
+            }
+            | live.get(s.shard_idx, {})
+            for s in self._shards
+        ]
+        return {
+            "instance": self._setup.link.instance,
+            "model": self._setup.model,
+            "checkpoint": self._setup.checkpoint,
+            "generation": self._setup.placement["generation"],
+            "num_routers": self._setup.link.num_routers,
+            "uptime_s": time.time() - self._started_at,
+            "routers": dict(self._phases),
+            "shards": shards,
+        }
+
+    def close(self) -> None:
+        """End all shards and restart none."""
+        self._closing = True
+        for shard in self._shards:
+            if shard.actor is not None:
+                ray.kill(shard.actor)
+
+    def _keep_alive(self, shard: _Shard) -> None:
+        """Start the shard and start it again whenever its process ends."""
+        failures = 0
+        while not self._closing:
+            since = time.monotonic()
+            try:
+                self._start(shard)
+            except UserError as error:
+                with self._changed:
+                    shard.state, shard.error, self._user_error = "failed", str(error), error
+                    self._changed.notify_all()
+                return
+            except Exception as error:  # a node can vanish at any point of a start, in any of Ray's ways
+                failures += 1
+                with self._changed:
+                    shard.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                    shard.state = "failed" if failures >= MAX_RESTARTS else "waiting"
+                    self._changed.notify_all()
+                if failures >= MAX_RESTARTS:
+                    return
+                time.sleep(0.2 * failures)
+                continue
+            failures = 0
+            if shard.incarnation > 1:
+                shard.restarts.append(round(time.monotonic() - since, 3))
+            try:
+                ray.get(shard.actor.watch.remote())
+            except RayError as error:
+                reason = str(error).strip().splitlines()[0]
+                with self._changed:
+                    shard.state, shard.endpoint, shard.error = "starting", None, reason
+                    self._changed.notify_all()
+
+    def _start(self, shard: _Shard) -> None:
+        setup = self._setup
+        incarnation = shard.incarnation + 1
+        options = {
+            "name": setup.link.shard_name(shard.shard_idx, incarnation),
+            "namespace": NAMESPACE,
+            "num_cpus": setup.num_cpus,
+            "num_gpus": setup.num_gpus,
+            "max_restarts": 0,
+            "max_concurrency": 4,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=shard.shard_idx
+            ),
+        }
+        actor = (
+            ray.remote(ShardActor)
+            .options(**options)
+            .remote(
+                ShardSetup(setup.checkpoint, setup.placement, shard.shard_idx, setup.num_threads, setup.key)
+            )
+        )
+        with self._changed:
+            shard.actor, shard.state, shard.incarnation = actor, "loading", incarnation
+        try:
+            ray.get(actor.load.remote())
+            endpoint = ray.get(actor.listen.remote())
+        except ray.exceptions.RayTaskError as error:
+            ray.kill(actor)
+            cause = getattr(error, "cause", None)
+            raise cause if isinstance(cause, UserError) else error from None
+        with self._changed:
+            shard.endpoint, shard.state, shard.error = endpoint, "up", ""
+            self._changed.notify_all()
+
+    def _give_up(self, shard: _Shard, incarnation: int, reason: str) -> None:
+        """End an incarnation that a router cannot reach: a process that hangs is not noticed by Ray."""
+        with self._changed:
+            if shard.incarnation != incarnation or shard.state != "up":
+                return
+            actor = shard.actor
+            shard.state, shard.endpoint, shard.error = "starting", None, reason
+        ray.kill(actor)
+
+    def _member(self, shard: _Shard) -> Member:
+        assert shard.endpoint is not None
+        return Member(shard.shard_idx, shard.incarnation, shard.endpoint)
+
+    def _all_up(self) -> bool:
+        return all(shard.state == "up" for shard in self._shards)
+
+    def _failed(self) -> _Shard | None:
+        return next((shard for shard in self._shards if shard.state == "failed"), None)
+
+
+def _get(ref: Any, default: Any) -> Any:
+    try:
+        return ray.get(ref, timeout=_PING_TIMEOUT_S)
+    except RayError:
+        return default

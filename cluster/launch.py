@@ -1,0 +1,172 @@
+"""Start and end everything that `ep serve` runs on a Ray cluster: placement group, coordinator, shards, routers."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ep.cluster.coordinator import Coordinator, CoordinatorSetup
+from ep.cluster.router_actor import RouterActor, RouterSetup
+from ep.cluster.session import Session
+from ep.errors import ClusterError
+from ep.link import NAMESPACE, Link
+from ep.placement import Placement
+
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """shard_cpus, shard_gpus: what each shard takes of its node. wait_s: how long to wait for these resources."""
+
+    instance: str
+    model: str
+    checkpoint: str
+    placement: Placement
+    transport: str = "socket"
+    dispatch_dtype: str = "bf16"
+    deadline_s: float = 60.0
+    start_timeout_s: float = 1800.0
+    wait_s: float = 60.0
+    shard_threads: int = 1
+    shard_cpus: float = 1.0
+    shard_gpus: float = 0.0
+    num_routers: int = 1
+    router_threads: int = 1
+    router_gpus: float = 0.0
+    router_environment: dict[str, str] = field(default_factory=dict)
+
+
+class Launch:
+    """One running instance; `close` ends its actors and leaves the Ray cluster as it was."""
+
+    def __init__(self, session: Session, options: LaunchOptions) -> None:
+        self.session = session
+        self.options = options
+        self.link = Link(session.address, session.node_ip, options.instance, options.num_routers)
+        self._key = secrets.token_bytes(32)
+        self._group: PlacementGroup | None = None
+        self._coordinator: Any = None
+        self._routers: list[Any] = []
+
+    def start(self, on_wait: Callable[[str], None]) -> None:
+        """Reserve the shards' resources, then start coordinator, shards and routers; returns before they have loaded.
+
+        on_wait is told what is missing while resources are waited for. Raises ClusterError when they do not come.
+        """
+        options = self.options
+        num_shards = options.placement.num_shards
+        bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
+        self._group = placement_group([bundle] * num_shards, strategy="SPREAD")
+        self._wait_for_resources(bundle, on_wait)
+        here = NodeAffinitySchedulingStrategy(self.session.node_id, soft=False)
+        self._coordinator = (
+            ray.remote(Coordinator)
+            .options(
+                name=self.link.coordinator_name(),
+                namespace=NAMESPACE,
+                num_cpus=0,
+                max_concurrency=64,
+                scheduling_strategy=here,
+            )
+            .remote(
+                CoordinatorSetup(
+                    link=self.link,
+                    model=options.model,
+                    checkpoint=options.checkpoint,
+                    placement=options.placement.to_dict(),
+                    num_shards=num_shards,
+                    num_threads=options.shard_threads,
+                    num_cpus=options.shard_cpus,
+                    num_gpus=options.shard_gpus,
+                    key=self._key,
+                ),
+                self._group,
+            )
+        )
+        self._routers = [self._start_router(rank, here) for rank in range(options.num_routers)]
+
+    def progress(self) -> dict[str, Any]:
+        """Coordinator.progress, or nothing while the coordinator itself starts."""
+        try:
+            return ray.get(self._coordinator.progress.remote(), timeout=5.0)
+        except ray.exceptions.GetTimeoutError:
+            return {"shards": [], "routers": {}}
+
+    def wait_for_shards(self) -> None:
+        """Raises what kept a shard from loading: CheckpointError, ClusterError."""
+        try:
+            ray.get(self._coordinator.members.remote(self.options.start_timeout_s))
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", error) from None
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(f"the coordinator ended while it started: {error}") from None
+
+    def close(self) -> None:
+        """End the routers, the shards and the coordinator; give their resources back."""
+        for router in self._routers:
+            ray.kill(router)
+        if self._coordinator is not None:
+            try:
+                ray.get(self._coordinator.close.remote(), timeout=5.0)
+            except ray.exceptions.RayError:
+                pass
+            ray.kill(self._coordinator)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._routers, self._coordinator, self._group = [], None, None
+
+    def _start_router(self, rank: int, here: NodeAffinitySchedulingStrategy) -> Any:
+        options = self.options
+        setup = RouterSetup(
+            link=self.link,
+            rank=rank,
+            checkpoint=options.checkpoint,
+            placement=options.placement.to_dict(),
+            transport=options.transport,
+            dispatch_dtype=options.dispatch_dtype,
+            deadline_s=options.deadline_s,
+            start_timeout_s=options.start_timeout_s,
+            num_threads=options.router_threads,
+            key=self._key,
+            environment=options.router_environment,
+        )
+        return (
+            ray.remote(RouterActor)
+            .options(
+                name=self.link.router_name(rank),
+                namespace=NAMESPACE,
+                num_cpus=0,
+                num_gpus=options.router_gpus,
+                max_concurrency=4,
+                scheduling_strategy=here,
+            )
+            .remote(setup)
+        )
+
+    def _wait_for_resources(self, bundle: dict[str, float], on_wait: Callable[[str], None]) -> None:
+        assert self._group is not None
+        deadline = time.monotonic() + self.options.wait_s
+        while not self._group.wait(_POLL_S):
+            missing = self._missing(bundle)
+            if time.monotonic() > deadline:
+                remove_placement_group(self._group)
+                self._group = None
+                raise ClusterError(
+                    f"{missing}; gave up after {self.options.wait_s:g} s: add nodes, or lower --shards or --shard-cpus"
+                )
+            on_wait(missing)
+
+    def _missing(self, bundle: dict[str, float]) -> str:
+        num_shards = self.options.placement.num_shards
+        free, alive = ray.available_resources(), sum(node["Alive"] for node in ray.nodes())
+        asked = ", ".join(f"{num_shards} x {amount:g} {name}" for name, amount in bundle.items())
+        have = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
+        return f"{num_shards} shards need {asked}; free on {alive} node{'s' * (alive != 1)}: {have}"

@@ -1,0 +1,146 @@
+"""The Ray actor around a vLLM worker: attention, gating, dispatch and combine of one attention rank.
+
+Ray carries the start; steps arrive over vLLM's MessageQueue and are computed by a thread of their own, so that control calls
+are answered while a step runs.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from ep.link import NAMESPACE, Link
+
+
+@dataclass(frozen=True)
+class RouterSetup:
+    """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail."""
+
+    link: Link
+    rank: int
+    checkpoint: str
+    placement: dict[str, Any]
+    transport: str
+    dispatch_dtype: str
+    deadline_s: float
+    start_timeout_s: float
+    num_threads: int
+    key: bytes
+    environment: dict[str, str]
+
+
+class RouterActor:
+    """One router's process."""
+
+    def __init__(self, setup: RouterSetup) -> None:
+        # Read when torch and vLLM are imported, which is why both are imported below.
+        os.environ.update(setup.environment)
+        os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
+        self._setup = setup
+        self._router: Any = None
+        self._worker: Any = None
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True, name="router").start()
+        self._jobs.put((self._import_vllm, Future()))
+
+    def init_method(self) -> str:
+        """The rendezvous of torch.distributed among the routers of one model replica."""
+        from vllm.utils.network_utils import get_file_store_init_method
+
+        return get_file_store_init_method()
+
+    def start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
+        """Build the router and vLLM's worker, load the weights; returns the handle of the answer queue."""
+        return self._call(lambda: self._start(vllm_config, rank, queue_handle, init_method))
+
+    def run(self) -> None:
+        """Serve steps until the queue is closed; its end tells the executor that this router is gone."""
+        self._call(self._serve)
+
+    def status(self) -> dict[str, Any]:
+        """Counters of the router's data plane."""
+        base = {"rank": self._setup.rank, "pid": os.getpid()}
+        return base | (self._router.status() if self._router is not None else {})
+
+    def _call(self, job: Any) -> Any:
+        future: Future = Future()
+        self._jobs.put((job, future))
+        return future.result()
+
+    def _work(self) -> None:
+        while True:
+            job, future = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:  # handed to the caller, whatever it is
+                future.set_exception(error)
+
+    def _import_vllm(self) -> None:
+        """The longest part of a start: done while the shards load and the engine is built."""
+        self._phase("importing vLLM")
+        import vllm.v1.executor.multiproc_executor  # noqa: F401
+
+    def _start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
+        from vllm.plugins import load_general_plugins
+
+        from ep.cluster.worker import RouterWorker
+        from ep.engine.ops import bind_router
+
+        load_general_plugins()
+        self._phase("waiting for the shards")
+        self._router = self._connect()
+        bind_router(self._router)
+        self._phase("loading attention weights")
+        self._worker = RouterWorker(
+            vllm_config=vllm_config,
+            local_rank=rank,
+            rank=rank,
+            distributed_init_method=init_method,
+            input_shm_handle=queue_handle,
+            shared_worker_lock=threading.Lock(),
+            is_driver_worker=rank % vllm_config.parallel_config.tensor_parallel_size == 0,
+        )
+        self._phase("warming up")
+        return self._worker.worker_response_mq.export_handle()
+
+    def _serve(self) -> None:
+        try:
+            self._worker.serve()
+        finally:
+            self._router.close()
+
+    def _connect(self) -> Any:
+        import ray
+
+        from ep.checkpoint import Checkpoint
+        from ep.cluster.membership import Membership
+        from ep.placement import Placement
+        from ep.router import Router
+        from ep.transport.sockets import SocketTransport
+
+        setup = self._setup
+        membership = Membership(
+            ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE), setup.deadline_s, setup.start_timeout_s
+        )
+        spec = Checkpoint(setup.checkpoint).spec
+        transport = SocketTransport(
+            membership.endpoints(), key=setup.key, node_id=ray.get_runtime_context().get_node_id()
+        )
+        return Router(
+            spec,
+            Placement.from_dict(setup.placement),
+            transport,
+            dispatch_dtype=setup.dispatch_dtype,
+            deadline_s=setup.deadline_s,
+            on_shard_lost=membership.replace,
+        )
+
+    def _phase(self, phase: str) -> None:
+        import ray
+
+        coordinator = ray.get_actor(self._setup.link.coordinator_name(), namespace=NAMESPACE)
+        coordinator.set_phase.remote(self._setup.rank, phase)

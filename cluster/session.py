@@ -1,0 +1,94 @@
+"""Connections to Ray: joining a cluster, starting a local one, and attaching further processes to either."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import ray
+
+from ep.errors import OptionError
+from ep.link import NAMESPACE, Link
+
+_CONNECT_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """This process's place in a Ray cluster. started: this process started the cluster and ends it."""
+
+    address: str
+    node_ip: str
+    node_id: str
+    started: bool
+
+
+def join_or_start(address: str | None, num_cpus: int) -> Session:
+    """Join the cluster at `address` ("auto": the one that `ray start` made on this machine); start a local one for None.
+
+    num_cpus: CPUs that a local cluster offers. Raises OptionError where no cluster answers at `address`.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        # A local cluster lives on loopback and dies with us; without this Ray would leave a token in the home directory
+        # that every later `ray start` then needs.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=128 * 1024 * 1024,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+        return _session(started=True)
+    if address != "auto":
+        _check_reachable(address)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise OptionError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
+    return _session(started=False)
+
+
+def find_running() -> bool:
+    """Whether `ray start` has left a cluster on this machine to join."""
+    from ray._private import services
+
+    return bool(os.environ.get("RAY_ADDRESS") or services.find_gcs_addresses())
+
+
+def connect(link: Link) -> None:
+    """Attach a process that vLLM spawned to the cluster of its `ep serve`; a process that is attached stays so."""
+    if not ray.is_initialized():
+        ray.init(
+            address=link.ray_address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=link.node_ip,
+        )
+
+
+def _session(started: bool) -> Session:
+    context = ray.get_runtime_context()
+    return Session(
+        address=context.gcs_address,
+        node_ip=ray.util.get_node_ip_address(),
+        node_id=context.get_node_id(),
+        started=started,
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself retries an address that nobody answers for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise OptionError(f"--address {address}: expected HOST:PORT or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise OptionError(f"--address {address}: no Ray cluster answers ({error})") from None

@@ -1,0 +1,62 @@
+"""The `ep` command: parse, call, exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from ep import __version__
+from ep.errors import EpError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Expert-parallel serving of Mixture-of-Experts models on Ray."""
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--checkpoint", metavar="DIR", help="Hugging Face checkpoint to serve.")
+@click.option("--synthetic", is_flag=True, help="Serve the small stand-in with made-up weights.")
+@click.option("--shards", type=click.IntRange(1), help="Shards that the experts are split over. [default: up to 2]")
+@click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--transport", type=click.Choice(["socket", "local"]), default="socket", show_default=True,
+              help="socket: shards in actors of their own. local: all slots in the router's process.")
+@click.option("--dispatch-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True)
+@click.option("--deadline", "deadline_s", type=click.FloatRange(0.1), default=60.0, show_default=True,
+              help="Seconds that a layer may wait for its shards, a restart included.")
+@click.option("--wait", "wait_s", type=click.FloatRange(0), default=60.0, show_default=True,
+              help="Seconds to wait for free resources in the cluster.")
+@click.option("--shard-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs each shard reserves.")
+@click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--api-key", envvar="EP_API_KEY", help="Key that clients must send. [env: EP_API_KEY]")
+@click.option("--verbose", is_flag=True, help="Library logs on the terminal instead of in a file.")
+def serve(**options: Any) -> None:
+    """Serve MODEL (a preset or a checkpoint's directory) with an OpenAI API; vLLM flags follow `--`."""
+    from ep.serve import ServeOptions
+    from ep.serve import serve as run
+
+    run(ServeOptions(**options))
+
+
+def main() -> None:
+    """Entry point: user mistakes are one line and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except EpError as error:
+        click.echo(f"ep: {error}", err=True)
+        sys.exit(error.exit_code)

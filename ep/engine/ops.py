@@ -1,0 +1,67 @@
+"""The two torch ops through which vLLM's (compiled) model reaches the router of its process.
+
+    topk_ids, topk_weights ─> ep::dispatch ─> ticket ─┐
+    hidden ─> shared expert ──────────────────────────┴─> ep::combine ─> routed sum
+
+Splitting the round trip in two lets the shared expert run while the shards compute, also in a compiled graph: `combine`
+takes the shared expert's output as an argument only to be ordered behind it.
+
+Shape legend: T tokens, H hidden, K top-k.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ep.router import Router
+
+_library: torch.library.Library | None = None
+_router: Router | None = None
+
+
+def bind_router(router: Router | None) -> None:
+    """Make `router` the one that this process's ops use."""
+    global _router
+    _router = router
+
+
+def bound_router() -> Router:
+    """The router of this process; models are only built inside a router actor, after it was bound."""
+    assert _router is not None, "ep's model classes run inside a router actor only: start them with `ep serve`"
+    return _router
+
+
+def register_ops() -> None:
+    """Define ep::dispatch and ep::combine; a second call does nothing."""
+    global _library
+    if _library is not None:
+        return
+    library = torch.library.Library("ep", "DEF")
+    library.define("dispatch(Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_pos) -> Tensor")
+    library.define("combine(Tensor ticket, Tensor after, Tensor hidden, int layer_pos) -> Tensor")
+    for key in ("CPU", "CUDA"):
+        library.impl("dispatch", _dispatch, key)
+        library.impl("combine", _combine, key)
+    torch.library.register_fake("ep::dispatch", _dispatch_fake, lib=library)
+    torch.library.register_fake("ep::combine", _combine_fake, lib=library)
+    _library = library
+
+
+def _dispatch(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int) -> torch.Tensor:
+    bound_router().dispatch(layer_pos, hidden, topk_ids, topk_weights)
+    return hidden.new_empty(0)
+
+
+def _combine(ticket: torch.Tensor, after: torch.Tensor, hidden: torch.Tensor, layer_pos: int) -> torch.Tensor:
+    return bound_router().combine(layer_pos)
+
+
+def _dispatch_fake(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int):
+    return hidden.new_empty(0)
+
+
+def _combine_fake(ticket: torch.Tensor, after: torch.Tensor, hidden: torch.Tensor, layer_pos: int) -> torch.Tensor:
+    return torch.empty_like(hidden)

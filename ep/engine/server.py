@@ -1,0 +1,71 @@
+"""vLLM's own OpenAI server in front of our routers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvloop
+from vllm.exceptions import GenerationError
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from ep.engine.swap import swapped
+from ep.errors import OptionError
+
+try:
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+except ImportError:  # before vLLM 0.32
+    from vllm.entrypoints.openai import api_server as entry
+    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+
+
+def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """vLLM's server flags as its own parser reads them. Raises OptionError with the parser's one line."""
+    parser = make_arg_parser(_Parser(prog="vllm", add_help=False))
+    args = parser.parse_args(list(flags))
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"vLLM flags after `--`: {error}") from None
+    return args
+
+
+def is_cpu() -> bool:
+    """Whether the installed vLLM computes attention on the CPU."""
+    return current_platform.is_cpu()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    build = entry.build_async_engine_client
+
+    @asynccontextmanager
+    async def build_naming_errors(*positional: Any, **options: Any) -> AsyncIterator[Any]:
+        async with build(*positional, **options) as engine:
+            engine.generate = _naming_errors(engine.generate)
+            yield engine
+
+    with swapped(entry, "build_async_engine_client", build_naming_errors):
+        uvloop.run(entry.run_server(args))
+
+
+def _naming_errors(generate: Any) -> Any:
+    """vLLM's server says "Internal server error" for a request that the engine ended with an error; say which instead."""
+
+    async def generate_or_raise(*positional: Any, **options: Any) -> AsyncIterator[Any]:
+        async for output in generate(*positional, **options):
+            for completion in output.outputs:
+                if completion.finish_reason == "error" and completion.stop_reason:
+                    raise GenerationError(str(completion.stop_reason))
+            yield output
+
+    return generate_or_raise
+
+
+class _Parser(FlexibleArgumentParser):
+    def error(self, message: str) -> Any:
+        raise OptionError(f"vLLM flags after `--`: {message}")

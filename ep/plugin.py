@@ -1,0 +1,24 @@
+"""vLLM's plugin entry point (`vllm.general_plugins`): what every vLLM process of ours must know before it builds a model."""
+
+from __future__ import annotations
+
+ARCHITECTURES = {
+    "deepseek_v3": ("EPDeepseekV3ForCausalLM", "ep.engine.deepseek:EPDeepseekV3ForCausalLM"),
+    "mixtral": ("EPMixtralForCausalLM", "ep.engine.mixtral:EPMixtralForCausalLM"),
+}
+LOAD_FORMAT = "ep"
+
+
+def register() -> None:
+    """Register the model classes, the ops and the weight loader; vLLM may call this several times in one process."""
+    from vllm import ModelRegistry
+
+    from ep.engine.loader import register_loader
+    from ep.engine.ops import register_ops
+
+    register_ops()
+    register_loader(LOAD_FORMAT)
+    supported = ModelRegistry.get_supported_archs()
+    for name, location in ARCHITECTURES.values():
+        if name not in supported:
+            ModelRegistry.register_model(name, location)

@@ -1,0 +1,306 @@
+"""`ep serve MODEL`: Ray, shards, routers and vLLM's OpenAI server, from nothing to answering."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ep.checkpoint import Checkpoint
+from ep.devices import count_gpus
+from ep.errors import OptionError, PlacementError
+from ep.model import ModelSpec, load_preset
+from ep.placement import even_split
+from ep.plugin import ARCHITECTURES, LOAD_FORMAT
+from ep.terminal import Terminal
+
+if TYPE_CHECKING:
+    from ep.cluster.launch import Launch
+
+_KV_CACHE_BYTES = 1 << 30
+_OURS = ("--model", "--load-format", "--distributed-executor-backend", "--scheduler-cls", "--hf-overrides", "--host", "--port")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
+
+    address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
+    "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the restart of
+    a lost shard included.
+    """
+
+    model: str
+    checkpoint: str | None = None
+    synthetic: bool = False
+    shards: int | None = None
+    address: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    transport: str = "socket"
+    dispatch_dtype: str = "bf16"
+    deadline_s: float = 60.0
+    wait_s: float = 60.0
+    shard_cpus: float = 1.0
+    shard_threads: int = 1
+    router_threads: int = 1
+    api_key: str | None = None
+    verbose: bool = False
+    vllm_flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be served. stand_in: a synthetic checkpoint in place of the real one."""
+
+    name: str
+    checkpoint: Path
+    spec: ModelSpec
+    stand_in: bool
+
+
+def serve(options: ServeOptions) -> None:
+    """Run until Ctrl-C or SIGTERM. Raises UserError for what the user can mend, ClusterError for what Ray did not give."""
+    terminal = Terminal(options.verbose)
+    signal.signal(signal.SIGTERM, _interrupt)
+    _check_port(options.host, options.port)
+    target = resolve_target(options, terminal)
+    num_shards = options.shards if options.shards is not None else default_shards()
+    if num_shards > target.spec.num_experts:
+        raise PlacementError(
+            f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
+            f"expected 1 to {target.spec.num_experts} shards"
+        )
+    placement = even_split(target.spec.num_moe_layers, target.spec.num_experts, num_shards)
+    with terminal.quiet("serve"):
+        try:
+            _serve(options, target, placement, terminal)
+        except KeyboardInterrupt:
+            terminal.say("stopping")
+        finally:
+            _end_ray()
+    terminal.say("stopped: no process left")
+
+
+def resolve_target(options: ServeOptions, terminal: Terminal) -> Target:
+    """The checkpoint to serve: the one given, or the preset's synthetic stand-in (written once into the user's cache).
+
+    Raises ModelError for an unknown preset, OptionError where a GPU machine is asked to choose, CheckpointError.
+    """
+    from ep.synthetic import cached_checkpoint
+
+    if options.checkpoint is not None and options.synthetic:
+        raise OptionError(f"--checkpoint {options.checkpoint} and --synthetic exclude each other")
+    given = options.checkpoint or (options.model if (Path(options.model) / "config.json").is_file() else None)
+    if given is not None:
+        checkpoint = Checkpoint(given)
+        with terminal.console.status(f"checking {given}"):
+            checkpoint.check()
+        if options.checkpoint is not None and not Path(options.model).exists():
+            _same_family(load_preset(options.model).spec, checkpoint.spec, options)
+        return Target(options.model, checkpoint.path, checkpoint.spec, stand_in=False)
+    preset = load_preset(options.model)
+    if not options.synthetic and (num_gpus := count_gpus()):
+        raise OptionError(
+            f"{options.model}: this machine has {num_gpus} GPUs: give --checkpoint DIR for the real weights, "
+            "or --synthetic for the small stand-in"
+        )
+    with terminal.progress(f"writing the synthetic {options.model}") as (bar, task):
+        path = cached_checkpoint(preset, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+    if not options.synthetic:
+        spec = preset.synthetic_spec
+        terminal.console.print(
+            f"[yellow]No --checkpoint and no GPU: serving the synthetic stand-in of {options.model} on CPU "
+            f"({spec.num_layers} layers, hidden {spec.hidden_size}, {spec.num_experts} experts, made-up weights).[/yellow]"
+        )
+    return Target(options.model, path, preset.synthetic_spec, stand_in=True)
+
+
+def default_shards() -> int:
+    """One shard a CPU core, at most 2: on one machine more shards only add messages."""
+    return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Terminal) -> None:
+    vllm = _InBackground(_import_server)
+    from ep.cluster import session as sessions
+    from ep.cluster.launch import Launch, LaunchOptions
+
+    terminal.say("starting: Ray and vLLM")
+    address = options.address or ("auto" if sessions.find_running() else "local")
+    needed = int(placement.num_shards * options.shard_cpus + 0.999)
+    session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
+    server = vllm.result()
+    args = server.parse_flags(_flags(options, target, server.is_cpu()))
+    _check_supported(args, server.is_cpu())
+    terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
+    launch = Launch(
+        session,
+        LaunchOptions(
+            instance=f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}",
+            model=target.name,
+            checkpoint=str(target.checkpoint),
+            placement=placement,
+            transport=options.transport,
+            dispatch_dtype=options.dispatch_dtype,
+            deadline_s=options.deadline_s,
+            wait_s=options.wait_s,
+            shard_threads=options.shard_threads,
+            shard_cpus=options.shard_cpus,
+            router_threads=options.router_threads,
+            router_environment=_router_environment(),
+        ),
+    )
+    try:
+        launch.start(on_wait=terminal.say)
+        launch.link.export()
+        _show_loading(launch, terminal)
+        launch.wait_for_shards()
+        ready = threading.Thread(target=_announce, args=(options, launch, terminal), daemon=True)
+        ready.start()
+        server.run(args)
+    finally:
+        launch.close()
+
+
+def _flags(options: ServeOptions, target: Target, cpu: bool) -> list[str]:
+    """vLLM's flags: ours, then the user's."""
+    taken = [flag for flag in options.vllm_flags if flag.split("=")[0] in _OURS]
+    if taken:
+        raise OptionError(f"vLLM flags after `--`: {taken[0]} is set by ep serve itself")
+    overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[target.spec.family][0]]}
+    if cpu:
+        overrides["quantization_config"] = None  # the loader dequantises: vLLM has no block-FP8 linear layer on CPU
+    flags = [
+        *("--model", str(target.checkpoint), "--served-model-name", target.name),
+        *("--host", options.host, "--port", str(options.port)),
+        *("--load-format", LOAD_FORMAT, "--hf-overrides", json.dumps(overrides)),
+        *("--distributed-executor-backend", "ep.cluster.executor.RouterExecutor"),
+        *("--scheduler-cls", f"ep.cluster.scheduler.{'RouterScheduler' if cpu else 'AsyncRouterScheduler'}"),
+    ]
+    if options.api_key is not None:
+        flags += ["--api-key", options.api_key]
+    if cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        # vLLM's default takes nine tenths of the machine's memory, which the shards share.
+        flags += ["--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
+    return flags + list(options.vllm_flags)
+
+
+def _check_supported(args: Any, cpu: bool) -> None:
+    if not cpu:
+        raise OptionError("the installed vLLM is not its CPU build: this version of ep computes attention on CPU only")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(args, name, 1) != 1:
+            raise OptionError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1, there is one router")
+
+
+def _show_loading(launch: Launch, terminal: Terminal) -> None:
+    """A bar over all experts of all shards, until every shard is up or one failed."""
+    with terminal.progress(f"loading experts into {launch.options.placement.num_shards} shards") as (bar, task):
+        while True:
+            shards = launch.progress()["shards"]
+            done, total = (sum(shard["experts"][i] for shard in shards) for i in (0, 1))
+            bar.update(task, completed=done, total=total or None)
+            states = {shard["state"] for shard in shards}
+            if states and states <= {"up", "failed"}:
+                break
+            time.sleep(0.1)
+    if states == {"up"}:
+        terminal.say(f"{len(shards)} shards hold {total} experts")
+
+
+def _announce(options: ServeOptions, launch: Launch, terminal: Terminal) -> None:
+    """Say what the router is doing until the server answers, then where."""
+    base = f"http://{options.host}:{options.port}"
+    last = ""
+    while not _answers(f"{base}/health"):
+        phase = launch.progress()["routers"].get(0, "")
+        if phase and phase != last:
+            terminal.say(f"router: {phase}")
+            last = phase
+        time.sleep(0.25)
+    terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
+    if terminal.log is not None:
+        terminal.say(f"log: {terminal.log}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1.0) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _router_environment() -> dict[str, str]:
+    """What a router's process must share with this one; a joined cluster's workers have `ray start`'s environment."""
+    prefixes = ("VLLM_", "HF_", "TORCHINDUCTOR_", "TRANSFORMERS_")
+    shared = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | shared
+
+
+def _import_server() -> Any:
+    from ep.engine import server
+
+    return server
+
+
+class _InBackground:
+    """A call that runs in a thread of its own, its result or error given back by `result`."""
+
+    def __init__(self, call: Any) -> None:
+        self._outcome: list[Any] = []
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Any) -> None:
+        try:
+            self._outcome = [call(), None]
+        except BaseException as error:  # raised again in the caller's thread
+            self._outcome = [None, error]
+
+    def result(self) -> Any:
+        while self._thread.is_alive():
+            self._thread.join(0.2)  # in slices, so that a signal is handled meanwhile
+        value, error = self._outcome
+        if error is not None:
+            raise error
+        return value
+
+
+def _same_family(preset: ModelSpec, found: ModelSpec, options: ServeOptions) -> None:
+    if preset.family != found.family:
+        raise OptionError(
+            f"--checkpoint {options.checkpoint}: a {found.family} model, expected {preset.family} for {options.model}"
+        )
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise OptionError(f"--host {host} --port {port}: cannot listen there: {error}") from None
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_ray() -> None:
+    """Leave the cluster; ends the Ray processes if this one started them."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
