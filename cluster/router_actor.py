@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from ep.cluster.session import restore_priority
 from ep.link import NAMESPACE, Link
 
 
@@ -40,6 +41,7 @@ class RouterActor:
         # Read when torch and vLLM are imported, which is why both are imported below.
         os.environ.update(setup.environment)
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
+        restore_priority()
         self._setup = setup
         self._router: Any = None
         self._worker: Any = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 
 import ray
@@ -35,6 +36,8 @@ def join_or_start(address: str | None, num_cpus: int) -> Session:
         # A local cluster lives on loopback and dies with us; without this Ray would leave a token in the home directory
         # that every later `ray start` then needs.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray runs its workers at niceness 15; shards and routers are what this cluster is for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             num_cpus=num_cpus,
             include_dashboard=False,
@@ -42,7 +45,6 @@ def join_or_start(address: str | None, num_cpus: int) -> Session:
             namespace=NAMESPACE,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
         )
         return _session(started=True)
     if address != "auto":
@@ -71,6 +73,12 @@ def connect(link: Link) -> None:
             logging_level=logging.ERROR,
             _node_ip_address=link.node_ip,
         )
+
+
+def restore_priority() -> None:
+    """Undo the niceness that Ray gives its workers, where this process may (root, or CAP_SYS_NICE)."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
 def _session(started: bool) -> Session:

@@ -7,6 +7,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ep.cluster.session import restore_priority
+
 if TYPE_CHECKING:
     from ep.transport.base import Endpoint
 
@@ -28,6 +30,7 @@ class ShardActor:
     def __init__(self, setup: ShardSetup) -> None:
         # Read by OpenMP when torch is imported, which is why torch is imported below.
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
+        restore_priority()
         self._setup = setup
         self._shard: Any = None
         self._progress = (0, 0)

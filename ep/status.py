@@ -1,0 +1,118 @@
+"""`ep status`: what runs on a Ray cluster, as the coordinators and routers tell it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ep.errors import OptionError
+from ep.link import NAMESPACE
+
+_TIMEOUT_S = 10.0
+
+
+def collect(address: str) -> list[dict[str, Any]]:
+    """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError without one."""
+    import ray
+
+    from ep.cluster.session import find_running, join_or_start
+
+    if address == "auto" and not find_running():
+        raise OptionError("--address auto: no Ray cluster runs on this machine")
+    join_or_start(address, num_cpus=0)
+    try:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        names = sorted(a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].endswith("/coordinator"))
+        instances = []
+        for name in names:
+            instance = ray.get(ray.get_actor(name, namespace=NAMESPACE).status.remote(), timeout=_TIMEOUT_S)
+            instance["routers"] = [_router(instance, rank) for rank in range(instance["num_routers"])]
+            instances.append(instance)
+        return instances
+    finally:
+        ray.shutdown()
+
+
+def show(instances: list[dict[str, Any]], as_json: bool) -> None:
+    """Print tables, or one JSON document for scripts."""
+    if as_json:
+        print(json.dumps(instances))
+        return
+    console = Console(highlight=False)
+    if not instances:
+        console.print("nothing is served on this cluster")
+    for instance in instances:
+        console.print(
+            f"[bold]{instance['model']}[/bold]  {instance['instance']}  generation {instance['generation']}  "
+            f"up {instance['uptime_s']:.0f} s  {instance['checkpoint']}"
+        )
+        console.print(_shard_table(instance["shards"]))
+        console.print(_router_table(instance["routers"]))
+
+
+def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
+    import ray
+
+    phase = instance["routers"].get(rank, "starting")
+    try:
+        router = ray.get_actor(f"{instance['instance']}/router-{rank}", namespace=NAMESPACE)
+        return {"phase": phase} | ray.get(router.status.remote(), timeout=_TIMEOUT_S)
+    except (ValueError, ray.exceptions.RayError) as error:
+        return {"rank": rank, "phase": f"no answer: {type(error).__name__}"}
+
+
+def _shard_table(shards: list[dict[str, Any]]) -> Table:
+    table = Table("shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "coalesced", "dropped", "restarts")
+    table.add_column("compute", overflow="fold")
+    for shard in shards:
+        table.add_row(
+            str(shard["shard_idx"]),
+            shard["state"] + (f": {shard['error']}" if shard["error"] and shard["state"] != "up" else ""),
+            f"{shard.get('node_ip', '')} {shard.get('node_id', '')[:6]}",
+            str(shard.get("pid", "")),
+            str(shard.get("num_slots", "")),
+            _bytes(shard.get("slot_bytes")),
+            str(shard.get("requests", "")),
+            str(shard.get("tokens", "")),
+            str(shard.get("coalesced", "")),
+            str(shard.get("dropped_frames", "")),
+            ", ".join(f"{s:.1f} s" for s in shard["restart_seconds"]) or "0",
+            str(shard.get("compute_reason", "")),
+        )
+    return table
+
+
+def _router_table(routers: list[dict[str, Any]]) -> Table:
+    table = Table("router", "phase", "pid", "round trips", "tokens", "sent", "received", "p50", "p99", "recoveries")
+    for router in routers:
+        table.add_row(
+            str(router["rank"]),
+            router["phase"],
+            str(router.get("pid", "")),
+            str(router.get("round_trips", "")),
+            str(router.get("tokens", "")),
+            _bytes(router.get("bytes_sent")),
+            _bytes(router.get("bytes_received")),
+            _micros(router.get("round_trip_p50_us")),
+            _micros(router.get("round_trip_p99_us")),
+            "; ".join(f"shard {r['shard_idx']} {r['seconds']:.2f} s" for r in router.get("recoveries", [])) or "0",
+        )
+    return table
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return ""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def _micros(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} µs"
