@@ -1,8 +1,8 @@
 """The coordinator actor: membership, placement, addresses, restarts. Never on the per-layer path.
 
-    waiting ─> starting ─> loading ─> up ─┐
-                  ^                       │ process ended, or the data plane gave it up
-                  └──────── restart <─────┘        (MAX_RESTARTS in a row without coming up: failed)
+waiting ─> starting ─> loading ─> up ─┐
+              ^                       │ process ended, or the data plane gave it up
+              └──────── restart <─────┘        (MAX_RESTARTS in a row without coming up: failed)
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Coordinator:
         self._closing = False
         self._started_at = time.time()
         for shard in self._shards:
-            threading.Thread(target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}").start()
+            threading.Thread(
+                target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}"
+            ).start()
 
     def members(self, timeout_s: float) -> list[Member]:
         """All shards, once all are up. Raises the loading error of a shard, ClusterError after timeout_s."""
@@ -201,9 +203,7 @@ class Coordinator:
         actor = (
             ray.remote(ShardActor)
             .options(**options)
-            .remote(
-                ShardSetup(setup.checkpoint, setup.placement, shard.shard_idx, setup.num_threads, setup.key)
-            )
+            .remote(ShardSetup(setup.checkpoint, setup.placement, shard.shard_idx, setup.num_threads, setup.key))
         )
         with self._changed:
             shard.actor, shard.state, shard.incarnation = actor, "loading", incarnation

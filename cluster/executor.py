@@ -3,8 +3,9 @@
     EngineCore ── shared-memory queue: one message per step ──> router actor (vLLM worker)
                <─ shared-memory queue: sampled tokens ─────────
 
-Chosen with `--distributed-executor-backend ep.cluster.executor.RouterExecutor`. Ray starts and watches the routers; a step's
-messages go over vLLM's own MessageQueue. The queues block instead of spinning: on a CPU host the cycles belong to the shards.
+Chosen with `--distributed-executor-backend ep.cluster.executor.RouterExecutor`. Ray starts and watches the routers; a
+step's messages go over vLLM's own MessageQueue. The queues block instead of spinning: on a CPU host the cycles belong
+to the shards.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from concurrent.futures import Future
 
 import ray
 import vllm.envs as envs
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
 
 from ep.cluster.session import connect
 from ep.link import NAMESPACE, Link
@@ -40,9 +40,7 @@ class RouterExecutor(MultiprocExecutor):
         link = Link.from_environment()
         connect(link)
         self._get_parallel_sizes()
-        self.routers = [
-            ray.get_actor(link.router_name(rank), namespace=NAMESPACE) for rank in range(self.world_size)
-        ]
+        self.routers = [ray.get_actor(link.router_name(rank), namespace=NAMESPACE) for rank in range(self.world_size)]
         self.rpc_broadcast_mq = MessageQueue(
             self.world_size,
             self.world_size,
@@ -64,7 +62,7 @@ class RouterExecutor(MultiprocExecutor):
         self.rpc_broadcast_mq.wait_until_ready()
         for queue in self.response_mqs:
             queue.wait_until_ready()
-        self.futures_queue = deque()
+        self.futures_queue: deque[FutureWrapper] = deque()
         self._post_init_executor()
         self.start_worker_monitor()
         self.output_rank = self._get_output_rank()
@@ -113,6 +111,3 @@ def block_on_read(queue: MessageQueue) -> None:
     condition = getattr(queue, "_spin_condition", None)
     if condition is not None:
         condition.busy_loop_s = 0
-
-
-__all__ = ["Future", "RouterExecutor", "block_on_read"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,10 +115,8 @@ class Launch:
         for router in self._routers:
             ray.kill(router)
         if self._coordinator is not None:
-            try:
+            with suppress(ray.exceptions.RayError):
                 ray.get(self._coordinator.close.remote(), timeout=5.0)
-            except ray.exceptions.RayError:
-                pass
             ray.kill(self._coordinator)
         if self._group is not None:
             remove_placement_group(self._group)

@@ -33,9 +33,7 @@ class Membership:
         lost = self._members[shard_idx]
         reason = getattr(error, "reason", None) or str(error)
         try:
-            member = _call(
-                self._coordinator.replacement.remote(shard_idx, lost.incarnation, reason, self._deadline_s)
-            )
+            member = _call(self._coordinator.replacement.remote(shard_idx, lost.incarnation, reason, self._deadline_s))
         except ray.exceptions.RayActorError as gone:
             raise ShardLostError(shard_idx, f"{reason}; the coordinator is gone ({type(gone).__name__})") from gone
         self._members[shard_idx] = member

@@ -1,7 +1,7 @@
 """The Ray actor around a vLLM worker: attention, gating, dispatch and combine of one attention rank.
 
-Ray carries the start; steps arrive over vLLM's MessageQueue and are computed by a thread of their own, so that control calls
-are answered while a step runs.
+Ray carries the start; steps arrive over vLLM's MessageQueue and are computed by a thread of their own, so that control
+calls are answered while a step runs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import os
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ep.cluster.session import restore_priority
 from ep.link import NAMESPACE, Link
+
+MAX_DISPATCH_TOKENS = 2048
+"""Larger batches go out in parts: the buffers of every link are sized for this many."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ class RouterActor:
 
     def status(self) -> dict[str, Any]:
         """Counters of the router's data plane."""
-        base = {"rank": self._setup.rank, "pid": os.getpid()}
-        return base | (self._router.status() if self._router is not None else {})
+        status: dict[str, Any] = {"rank": self._setup.rank, "pid": os.getpid()}
+        if self._router is not None:
+            status["links"] = [link.to_dict() for link in self._router.stats()]
+            status["recoveries"] = [asdict(recovery) for recovery in self._router.recoveries]
+        return status
 
     def _call(self, job: Any) -> Any:
         future: Future = Future()
@@ -94,7 +100,7 @@ class RouterActor:
 
         load_general_plugins()
         self._phase("waiting for the shards")
-        self._router = self._connect()
+        self._router = self._connect(vllm_config.scheduler_config.max_num_batched_tokens)
         bind_router(self._router)
         self._phase("loading attention weights")
         self._worker = RouterWorker(
@@ -115,13 +121,15 @@ class RouterActor:
         finally:
             self._router.close()
 
-    def _connect(self) -> Any:
+    def _connect(self, max_tokens: int) -> Any:
         import ray
 
         from ep.checkpoint import Checkpoint
         from ep.cluster.membership import Membership
         from ep.placement import Placement
         from ep.router import Router
+        from ep.transport.base import spec_fingerprint
+        from ep.transport.handshake import Greeting
         from ep.transport.sockets import SocketTransport
 
         setup = self._setup
@@ -129,8 +137,15 @@ class RouterActor:
             ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE), setup.deadline_s, setup.start_timeout_s
         )
         spec = Checkpoint(setup.checkpoint).spec
+        greeting = Greeting(
+            router_id=setup.link.router_name(setup.rank),
+            fingerprint=spec_fingerprint(spec),
+            hidden_size=spec.hidden_size,
+            max_tokens=min(max_tokens, MAX_DISPATCH_TOKENS),
+            top_k=spec.top_k,
+        )
         transport = SocketTransport(
-            membership.endpoints(), key=setup.key, node_id=ray.get_runtime_context().get_node_id()
+            membership.endpoints(), greeting, setup.key, node_id=ray.get_runtime_context().get_node_id()
         )
         return Router(
             spec,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -10,10 +12,10 @@ from vllm.v1.request import RequestStatus
 from ep.engine.failed_step import FailedStep
 
 
-class _EndsFailedSteps:
-    """Mixed into a vLLM scheduler."""
+class _EndsFailedSteps(Scheduler):
+    """A vLLM scheduler that knows a FailedStep."""
 
-    def update_from_output(self, scheduler_output, model_runner_output):
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         if not isinstance(model_runner_output, FailedStep):
             return super().update_from_output(scheduler_output, model_runner_output)
         requests = []
@@ -26,7 +28,10 @@ class _EndsFailedSteps:
             requests.append(request)
         # Blocks were entered into the prefix cache when they were allocated, but this step never filled them.
         blocks = {
-            block for request in requests for group in self.kv_cache_manager.get_block_ids(request.request_id) for block in group
+            block
+            for request in requests
+            for group in self.kv_cache_manager.get_block_ids(request.request_id)
+            for block in group
         }
         self.kv_cache_manager.evict_blocks(blocks)
         self.finish_requests([r.request_id for r in requests], RequestStatus.FINISHED_ERROR)
@@ -45,7 +50,7 @@ class _EndsFailedSteps:
         return {client: EngineCoreOutputs(outputs=of_client) for client, of_client in outputs.items()}
 
 
-class RouterScheduler(_EndsFailedSteps, Scheduler):
+class RouterScheduler(_EndsFailedSteps):
     """For platforms that schedule a step after the one before has ended."""
 
 

@@ -27,7 +27,7 @@ class Session:
 
 
 def join_or_start(address: str | None, num_cpus: int) -> Session:
-    """Join the cluster at `address` ("auto": the one that `ray start` made on this machine); start a local one for None.
+    """Join the cluster at `address` ("auto": the one that `ray start` made here); start a local one for None.
 
     num_cpus: CPUs that a local cluster offers. Raises OptionError where no cluster answers at `address`.
     """

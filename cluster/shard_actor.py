@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardSetup:
-    """What a shard is made from. placement: Placement.to_dict(); key: the cluster's random key; node_id, host: where it listens."""
+    """What a shard is made from. placement: Placement.to_dict(); key: the cluster's random key."""
 
     checkpoint: str
     placement: dict[str, Any]
@@ -41,11 +41,10 @@ class ShardActor:
         from ep.placement import Placement
         from ep.shard import Shard
 
-        self._shard = Shard(
+        self._shard = Shard.load(
             Checkpoint(self._setup.checkpoint),
             Placement.from_dict(self._setup.placement),
             self._setup.shard_idx,
-            num_threads=self._setup.num_threads,
             on_progress=self._note_progress,
         )
 
@@ -54,9 +53,10 @@ class ShardActor:
         import ray
 
         return self._shard.listen(
-            key=self._setup.key,
+            self._setup.key,
             node_id=ray.get_runtime_context().get_node_id(),
-            host=ray.util.get_node_ip_address(),
+            tcp_host=ray.util.get_node_ip_address(),
+            num_threads=self._setup.num_threads,
         )
 
     def progress(self) -> tuple[int, int]:
@@ -71,7 +71,10 @@ class ShardActor:
         import ray
 
         node = {"node_id": ray.get_runtime_context().get_node_id(), "node_ip": ray.util.get_node_ip_address()}
-        return node | {"pid": os.getpid()} | (self._shard.status() if self._shard is not None else {})
+        if self._shard is None:
+            return node | {"pid": os.getpid()}
+        counters = self._shard.stats().to_dict()
+        return node | {"pid": os.getpid(), "compute_reason": self._shard.compute_reason} | counters
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.logger import init_logger
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
@@ -15,11 +17,11 @@ logger = init_logger(__name__)
 class RouterWorker(WorkerProc):
     """A WorkerProc whose steps fail alone: when the data plane gives up, the step's requests end, not the engine."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         execute_model = self.worker.execute_model
 
-        def execute_or_fail(*args, **kwargs):
+        def execute_or_fail(*args: Any, **kwargs: Any) -> Any:
             try:
                 return execute_model(*args, **kwargs)
             except TransportError as error:

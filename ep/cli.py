@@ -26,14 +26,33 @@ def cli() -> None:
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--transport", type=click.Choice(["socket", "local"]), default="socket", show_default=True,
-              help="socket: shards in actors of their own. local: all slots in the router's process.")
+@click.option(
+    "--transport",
+    type=click.Choice(["socket", "local"]),
+    default="socket",
+    show_default=True,
+    help="socket: shards in actors of their own. local: all slots in the router's process.",
+)
 @click.option("--dispatch-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True)
-@click.option("--deadline", "deadline_s", type=click.FloatRange(0.1), default=60.0, show_default=True,
-              help="Seconds that a layer may wait for its shards, a restart included.")
-@click.option("--wait", "wait_s", type=click.FloatRange(0), default=60.0, show_default=True,
-              help="Seconds to wait for free resources in the cluster.")
-@click.option("--shard-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs each shard reserves.")
+@click.option(
+    "--deadline",
+    "deadline_s",
+    type=click.FloatRange(0.1),
+    default=60.0,
+    show_default=True,
+    help="Seconds that a layer may wait for its shards, a restart included.",
+)
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for free resources in the cluster.",
+)
+@click.option(
+    "--shard-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs each shard reserves."
+)
 @click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--api-key", envvar="EP_API_KEY", help="Key that clients must send. [env: EP_API_KEY]")
@@ -53,8 +72,8 @@ def main() -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        click.echo(f"ep: {error.format_message()}", err=True)
+        sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except EpError as error:

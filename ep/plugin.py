@@ -1,4 +1,4 @@
-"""vLLM's plugin entry point (`vllm.general_plugins`): what every vLLM process of ours must know before it builds a model."""
+"""vLLM's plugin entry point (`vllm.general_plugins`): what a vLLM process must know before it builds our models."""
 
 from __future__ import annotations
 

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from ep.cluster.launch import Launch
 
 _KV_CACHE_BYTES = 1 << 30
-_OURS = ("--model", "--load-format", "--distributed-executor-backend", "--scheduler-cls", "--hf-overrides", "--host", "--port")
+_OURS = (
+    "--model",
+    "--load-format",
+    "--distributed-executor-backend",
+    "--scheduler-cls",
+    "--hf-overrides",
+    "--host",
+    "--port",
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class ServeOptions:
     """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
 
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
-    "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the restart of
-    a lost shard included.
+    "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
+    restart of a lost shard included.
     """
 
     model: str
@@ -70,7 +78,7 @@ class Target:
 
 
 def serve(options: ServeOptions) -> None:
-    """Run until Ctrl-C or SIGTERM. Raises UserError for what the user can mend, ClusterError for what Ray did not give."""
+    """Run until Ctrl-C or SIGTERM. Raises UserError for what the user can mend, ClusterError for Ray's failures."""
     terminal = Terminal(options.verbose)
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
@@ -121,7 +129,7 @@ def resolve_target(options: ServeOptions, terminal: Terminal) -> Target:
         spec = preset.synthetic_spec
         terminal.console.print(
             f"[yellow]No --checkpoint and no GPU: serving the synthetic stand-in of {options.model} on CPU "
-            f"({spec.num_layers} layers, hidden {spec.hidden_size}, {spec.num_experts} experts, made-up weights).[/yellow]"
+            f"({spec.num_layers} layers, hidden {spec.hidden_size}, {spec.num_experts} experts, random weights).[/]"
         )
     return Target(options.model, path, preset.synthetic_spec, stand_in=True)
 

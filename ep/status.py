@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ _TIMEOUT_S = 10.0
 
 
 def collect(address: str) -> list[dict[str, Any]]:
-    """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError without one."""
+    """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError."""
     import ray
 
     from ep.cluster.session import find_running, join_or_start
@@ -50,7 +51,7 @@ def show(instances: list[dict[str, Any]], as_json: bool) -> None:
             f"up {instance['uptime_s']:.0f} s  {instance['checkpoint']}"
         )
         console.print(_shard_table(instance["shards"]))
-        console.print(_router_table(instance["routers"]))
+        console.print(_link_table(instance["routers"]))
 
 
 def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -65,7 +66,9 @@ def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _shard_table(shards: list[dict[str, Any]]) -> Table:
-    table = Table("shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "coalesced", "dropped", "restarts")
+    table = Table(
+        "shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "coalesced", "dropped", "restarts"
+    )
     table.add_column("compute", overflow="fold")
     for shard in shards:
         table.add_row(
@@ -78,28 +81,35 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
             str(shard.get("requests", "")),
             str(shard.get("tokens", "")),
             str(shard.get("coalesced", "")),
-            str(shard.get("dropped_frames", "")),
+            str(shard.get("dropped", "")),
             ", ".join(f"{s:.1f} s" for s in shard["restart_seconds"]) or "0",
             str(shard.get("compute_reason", "")),
         )
     return table
 
 
-def _router_table(routers: list[dict[str, Any]]) -> Table:
-    table = Table("router", "phase", "pid", "round trips", "tokens", "sent", "received", "p50", "p99", "recoveries")
+def _link_table(routers: list[dict[str, Any]]) -> Table:
+    """One row per router and shard."""
+    table = Table("router", "phase", "pid", "shard", "round trips", "tokens", "sent", "received", "p50", "p99", "lost")
     for router in routers:
-        table.add_row(
-            str(router["rank"]),
-            router["phase"],
-            str(router.get("pid", "")),
-            str(router.get("round_trips", "")),
-            str(router.get("tokens", "")),
-            _bytes(router.get("bytes_sent")),
-            _bytes(router.get("bytes_received")),
-            _micros(router.get("round_trip_p50_us")),
-            _micros(router.get("round_trip_p99_us")),
-            "; ".join(f"shard {r['shard_idx']} {r['seconds']:.2f} s" for r in router.get("recoveries", [])) or "0",
-        )
+        gaps = router.get("recoveries", [])
+        for shard_idx, link in enumerate(router.get("links", [])):
+            p50, p99 = np.percentile(link["round_trips_us"] or [0.0], [50, 99])
+            table.add_row(
+                str(router["rank"]),
+                router["phase"],
+                str(router["pid"]),
+                str(shard_idx),
+                str(link["requests"]),
+                str(link["tokens"]),
+                _bytes(link["bytes_out"]),
+                _bytes(link["bytes_in"]),
+                f"{p50:.0f} µs",
+                f"{p99:.0f} µs",
+                ", ".join(f"{gap['seconds']:.1f} s" for gap in gaps if gap["shard_idx"] == shard_idx) or "0",
+            )
+        if not router.get("links"):
+            table.add_row(str(router["rank"]), router["phase"])
     return table
 
 
@@ -112,7 +122,3 @@ def _bytes(count: int | None) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError
-
-
-def _micros(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f} µs"

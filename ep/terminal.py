@@ -1,4 +1,4 @@
-"""What a long-running command shows: phases and progress on the terminal, everything that libraries print in a log file."""
+"""What a long-running command shows: phases and progress on the terminal; what libraries print goes to a log file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def state_dir() -> Path:
 
 
 class Terminal:
-    """The user's terminal, kept apart from the process's own stdout and stderr once `quiet` has pointed those at a log."""
+    """The user's terminal, kept apart from the process's own stdout and stderr once `quiet` points those at a log."""
 
     def __init__(self, verbose: bool = False) -> None:
         self.verbose = verbose
@@ -36,7 +36,7 @@ class Terminal:
 
     @contextmanager
     def quiet(self, name: str) -> Iterator[None]:
-        """Inside, what this process and its children write to stdout and stderr goes to a log file; not with --verbose."""
+        """Inside, what this process and its children print goes to a log file, unless verbose."""
         if self.verbose:
             yield
             return

@@ -1,7 +1,7 @@
 """Top-k choice from gate logits in the order of operations of vLLM's own CPU router.
 
-`kernels.reference.route` is the same rule; this one keeps vLLM's operations one by one (unsorted top-k, no routed scale in the
-weights), so that a partial's sum runs over the experts in the order in which native vLLM adds them.
+`kernels.reference.route` is the same rule; this one keeps vLLM's operations one by one (unsorted top-k, no routed scale
+in the weights), so that a partial's sum runs over the experts in the order in which native vLLM adds them.
 
 Shape legend: T tokens, E logical experts, K top-k.
 """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
@@ -19,14 +21,15 @@ _SCALE = "_scale_inv"
 class RouterLoader(BaseModelLoader):
     """Loads attention, dense, shared-expert, gate and embedding weights.
 
-    vLLM has no block-FP8 linear layer on CPU: there FP8 weights are dequantised to bf16 one tensor at a time as they stream in.
+    vLLM has no block-FP8 linear layer on CPU: there FP8 weights are dequantised to bf16, one tensor at a time.
     """
 
-    def download_model(self, model_config) -> None:
+    def download_model(self, model_config: ModelConfig) -> None:
         Checkpoint(model_config.model)
 
-    def load_weights(self, model: nn.Module, model_config) -> None:
-        model.load_weights(_router_weights(Checkpoint(model_config.model), dequantize=current_platform.is_cpu()))
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        load: Any = model.load_weights
+        load(_router_weights(Checkpoint(model_config.model), dequantize=current_platform.is_cpu()))
 
 
 def register_loader(load_format: str) -> None:

@@ -2,8 +2,8 @@
 
     hidden ─> gate ─> top-k ─> dispatch ─> shared expert meanwhile ─> combine ─> x routed scale ─> + shared
 
-The gate is vLLM's own layer and the rounding follows vLLM's order (routed sum to the model's dtype, then scale, then shared),
-so that outputs can be compared with native vLLM token for token.
+The gate is vLLM's own layer and the rounding follows vLLM's order (routed sum to the model's dtype, then scale, then
+shared), so that outputs can be compared with native vLLM token for token.
 
 Shape legend: T tokens, H hidden, E logical experts, K top-k.
 """
@@ -11,42 +11,49 @@ Shape legend: T tokens, H hidden, E logical experts, K top-k.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from ep.engine.gating import route_like_vllm
 from ep.engine.ops import bound_router
+from ep.kernels.reference import Routing
 
 
-def _layer_pos(prefix: str) -> int:
-    """Position among the MoE layers of the block that vLLM builds under `prefix` (`model.layers.<idx>.mlp`)."""
+def _layer_idx(prefix: str) -> int:
+    """The checkpoint's number of the layer that vLLM builds under `prefix` (`model.layers.<idx>.mlp`)."""
     found = re.search(r"layers\.(\d+)\.", f"{prefix}.")
     assert found is not None, prefix
-    return bound_router().spec.layer_pos(int(found.group(1)))
+    return int(found.group(1))
 
 
-def _shards_answer(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int, shared=None):
+def _shards_answer(
+    hidden: torch.Tensor, routing: Routing, layer_idx: int, shared: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dispatch, run `shared` while the shards compute, combine.
 
     Returns (routed [T, H], shared output or None).
     """
-    ticket = torch.ops.ep.dispatch(hidden, topk_ids, topk_weights, layer_pos)
-    after = shared(hidden) if shared is not None else ticket
-    routed = torch.ops.ep.combine(ticket, after, hidden, layer_pos)
-    return routed, (after if shared is not None else None)
+    ids, weights = routing.topk_ids, routing.topk_weights
+    ticket = torch.ops.ep.dispatch(hidden, ids, weights, layer_idx)
+    extra = shared(hidden) if shared is not None else None
+    routed = torch.ops.ep.combine(ticket, ticket if extra is None else extra, hidden, ids, weights)
+    return routed, extra
 
 
-def make_deepseek_block(native_module) -> type[nn.Module]:
+def make_deepseek_block(native_module: Any) -> type[nn.Module]:
     """The class that stands in for `native_module.DeepseekV2MoE` (vLLM's deepseek_v2 module) while a model is built."""
 
     class DeepseekExperts(nn.Module):
         """DeepSeek-V3's MoE block without expert weights."""
 
-        def __init__(self, config, parallel_config, quant_config=None, prefix: str = "", **_native_options) -> None:
+        def __init__(
+            self, config: Any, parallel_config: Any, quant_config: Any = None, prefix: str = "", **_native_options: Any
+        ) -> None:
             super().__init__()
             self.spec = bound_router().spec
-            self.layer_pos = _layer_pos(prefix)
+            self.layer_idx = _layer_idx(prefix)
             self.gate = native_module.GateLinear(
                 config.hidden_size,
                 config.n_routed_experts,
@@ -69,16 +76,14 @@ def make_deepseek_block(native_module) -> type[nn.Module]:
         def forward(self, hidden_states: torch.Tensor, already_sequence_parallel: bool = False) -> torch.Tensor:
             logits, _ = self.gate(hidden_states)
             routing = route_like_vllm(logits, self.gate.e_score_correction_bias, self.spec)
-            routed, shared = _shards_answer(
-                hidden_states, routing.topk_ids, routing.topk_weights, self.layer_pos, self.shared_experts
-            )
+            routed, shared = _shards_answer(hidden_states, routing, self.layer_idx, self.shared_experts)
             routed = routed * self.spec.routed_scaling_factor
             return routed if shared is None else shared + routed
 
     return DeepseekExperts
 
 
-def make_mixtral_block(native_module) -> type[nn.Module]:
+def make_mixtral_block(native_module: Any) -> type[nn.Module]:
     """The class that stands in for `native_module.MixtralMoE` (vLLM's mixtral module) while a model is built."""
 
     class MixtralExperts(nn.Module):
@@ -88,10 +93,12 @@ def make_mixtral_block(native_module) -> type[nn.Module]:
         experts = None
         n_redundant_experts = 0
 
-        def __init__(self, num_experts: int, top_k: int, hidden_size: int, prefix: str = "", **_native_options) -> None:
+        def __init__(
+            self, num_experts: int, top_k: int, hidden_size: int, prefix: str = "", **_native_options: Any
+        ) -> None:
             super().__init__()
             self.spec = bound_router().spec
-            self.layer_pos = _layer_pos(prefix)
+            self.layer_idx = _layer_idx(prefix)
             self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = num_experts
             self.n_local_physical_experts = num_experts
             params_dtype = _native_options.get("params_dtype")
@@ -103,13 +110,13 @@ def make_mixtral_block(native_module) -> type[nn.Module]:
             hidden = hidden_states.view(-1, hidden_states.shape[-1])
             logits, _ = self.gate(hidden)
             routing = route_like_vllm(logits, None, self.spec)
-            routed, _ = _shards_answer(hidden, routing.topk_ids, routing.topk_weights, self.layer_pos)
+            routed, _ = _shards_answer(hidden, routing, self.layer_idx)
             return routed.view(hidden_states.shape)
 
     return MixtralExperts
 
 
-def _router_dtype(native_module, config) -> torch.dtype | None:
+def _router_dtype(native_module: Any, config: Any) -> torch.dtype | None:
     """The gate's output dtype as this version of vLLM chooses it (older ones have no such choice)."""
     choose = getattr(native_module, "_get_moe_router_dtype", None)
     return choose(config) if choose is not None else None

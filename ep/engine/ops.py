@@ -4,7 +4,8 @@
     hidden ─> shared expert ──────────────────────────┴─> ep::combine ─> routed sum
 
 Splitting the round trip in two lets the shared expert run while the shards compute, also in a compiled graph: `combine`
-takes the shared expert's output as an argument only to be ordered behind it.
+takes the shared expert's output as an argument only to be ordered behind it, and what was dispatched only to keep a
+compiled graph from reusing that memory while a shard may still have to be asked again.
 
 Shape legend: T tokens, H hidden, K top-k.
 """
@@ -40,8 +41,10 @@ def register_ops() -> None:
     if _library is not None:
         return
     library = torch.library.Library("ep", "DEF")
-    library.define("dispatch(Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_pos) -> Tensor")
-    library.define("combine(Tensor ticket, Tensor after, Tensor hidden, int layer_pos) -> Tensor")
+    library.define("dispatch(Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_idx) -> Tensor")
+    library.define(
+        "combine(Tensor ticket, Tensor after, Tensor hidden, Tensor topk_ids, Tensor topk_weights) -> Tensor"
+    )
     for key in ("CPU", "CUDA"):
         library.impl("dispatch", _dispatch, key)
         library.impl("combine", _combine, key)
@@ -50,18 +53,32 @@ def register_ops() -> None:
     _library = library
 
 
-def _dispatch(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int) -> torch.Tensor:
-    bound_router().dispatch(layer_pos, hidden, topk_ids, topk_weights)
+def _dispatch(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    bound_router().dispatch(layer_idx, hidden, topk_ids, topk_weights)
     return hidden.new_empty(0)
 
 
-def _combine(ticket: torch.Tensor, after: torch.Tensor, hidden: torch.Tensor, layer_pos: int) -> torch.Tensor:
-    return bound_router().combine(layer_pos)
+def _combine(
+    ticket: torch.Tensor,
+    after: torch.Tensor,
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> torch.Tensor:
+    return bound_router().combine()
 
 
-def _dispatch_fake(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int):
+def _dispatch_fake(
+    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_idx: int
+) -> torch.Tensor:
     return hidden.new_empty(0)
 
 
-def _combine_fake(ticket: torch.Tensor, after: torch.Tensor, hidden: torch.Tensor, layer_pos: int) -> torch.Tensor:
+def _combine_fake(
+    ticket: torch.Tensor,
+    after: torch.Tensor,
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> torch.Tensor:
     return torch.empty_like(hidden)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _naming_errors(generate: Any) -> Any:
-    """vLLM's server says "Internal server error" for a request that the engine ended with an error; say which instead."""
+    """vLLM's server says "Internal server error" for a request that its engine ended with an error; say which."""
 
     async def generate_or_raise(*positional: Any, **options: Any) -> AsyncIterator[Any]:
         async for output in generate(*positional, **options):

@@ -1,4 +1,4 @@
-"""Build a vLLM model with one of its module-level classes replaced."""
+"""Replace one module-level name of vLLM for as long as a block runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import ModuleType
 
 
 @contextmanager
-def swapped(module: ModuleType, name: str, replacement: type) -> Iterator[None]:
-    """`module.name` is `replacement` inside the block: vLLM's decoder layers look their MoE class up in their module."""
+def swapped(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
+    """`module.name` is `replacement` inside the block: vLLM looks such names up when it needs them."""
     original = getattr(module, name)
     setattr(module, name, replacement)
     try:
