@@ -11,6 +11,7 @@ EpError
     ├── WireError              bytes that are no message of ours
     ├── AuthError              a peer that does not know the cluster's key
     ├── ShardLostError         a shard's connection ended
+    ├── ShardFailedError       a shard answered that it could not do what was asked
     └── DeadlineError          a shard did not answer in time
 
 Messages name the path or the option and the values that clash: "PATH: WHAT is VALUE, expected VALUE".
@@ -65,6 +66,18 @@ class AuthError(TransportError):
 
 class ShardLostError(TransportError):
     """A shard's connection ended while its answer was awaited."""
+
+    def __init__(self, shard_idx: int, reason: str) -> None:
+        super().__init__(f"shard {shard_idx}: {reason}")
+        self.shard_idx = shard_idx
+        self.reason = reason
+
+    def __reduce__(self):
+        return (type(self), (self.shard_idx, self.reason))
+
+
+class ShardFailedError(TransportError):
+    """A shard answered that it could not do what was asked; its connection is sound."""
 
     def __init__(self, shard_idx: int, reason: str) -> None:
         super().__init__(f"shard {shard_idx}: {reason}")

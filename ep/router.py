@@ -1,0 +1,287 @@
+"""The router's half of a MoE layer: assign, dispatch, wait, combine. No Ray in it.
+
+Shape legend: T tokens, H hidden, K top-k, P pairs (token, slot) on one shard; ep/wire.py has the jagged order of pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ep.assign import Assigner, IntArray, ShardWork, split
+from ep.errors import DeadlineError, OptionError, PlacementError, ShardLostError, TransportError
+from ep.kernels.reference import quantize_tokens
+from ep.model import ModelSpec
+from ep.placement import Placement
+from ep.transport.base import Endpoint, Partial, Transport
+from ep.transport.buffer import TORCH_DTYPES
+from ep.wire import Dispatch
+
+COMBINE_DTYPES = ("bf16", "f32")
+OnShardLost = Callable[[int, TransportError], Endpoint]
+"""Called with a shard and what happened to it. Blocks until the shard is back and returns its endpoint, or raises."""
+
+NUM_ROUND_TRIPS = 512
+MAX_RECOVERIES = 3
+"""Times that one shard may be lost within one layer before the error is the caller's."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A gap: shard_idx was lost in a layer and its work sent again `seconds` after the loss was noticed."""
+
+    shard_idx: int
+    layer_pos: int
+    seconds: float
+    reason: str
+
+
+@dataclass
+class LinkStats:
+    """Traffic with one shard. compute_ns is what the shard says; round_trips_us the latest, from dispatch to answer."""
+
+    tokens: int = 0
+    pairs: int = 0
+    requests: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    compute_ns: int = 0
+    round_trips_us: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_ROUND_TRIPS))
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["round_trips_us"] = self.round_trips_us[: self.requests].tolist()
+        return values
+
+
+@dataclass
+class _Sent:
+    """Work that a shard has been asked for. error is set if it could not be."""
+
+    work: ShardWork
+    sent_at: float
+    error: ShardLostError | DeadlineError | None = None
+    losses: int = 0
+
+
+@dataclass
+class _Call:
+    """One layer between dispatch and combine: what is out, what is back, and what it takes to send work again.
+
+    rows [T, H] and scales [T, ceil(H / 128)] are as they travel. rest: tokens beyond what fits in one dispatch.
+    """
+
+    layer_pos: int
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    slots: IntArray
+    weights: npt.NDArray[np.float32]
+    works: list[ShardWork]
+    rest: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    dtype: torch.dtype
+    device: torch.device
+    sent: dict[int, _Sent] = field(default_factory=dict)
+    partials: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Router:
+    """Runs the routed experts of any MoE layer on the shards of a placement. For one thread at a time.
+
+    dispatch_dtype: how rows travel to the shards (bf16, f32, fp8). combine_dtype: how partials come back (bf16, f32).
+    deadline_s: how long a shard may take for one layer. on_shard_lost: None makes the loss of a shard an error of the
+    call. layer_pos counts MoE layers, as a placement does (`ModelSpec.layer_pos`).
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        placement: Placement,
+        transport: Transport,
+        dispatch_dtype: str = "bf16",
+        combine_dtype: str = "f32",
+        deadline_s: float = 30.0,
+        on_shard_lost: OnShardLost | None = None,
+    ) -> None:
+        if dispatch_dtype not in TORCH_DTYPES:
+            raise OptionError(f"dispatch dtype is {dispatch_dtype}, expected one of {', '.join(TORCH_DTYPES)}")
+        if combine_dtype not in COMBINE_DTYPES:
+            raise OptionError(f"combine dtype is {combine_dtype}, expected one of {', '.join(COMBINE_DTYPES)}")
+        self.spec = spec
+        self.dispatch_dtype = dispatch_dtype
+        self.combine_dtype = combine_dtype
+        self.deadline_s = deadline_s
+        self.recoveries: list[Recovery] = []
+        self._transport = transport
+        self._on_shard_lost = on_shard_lost
+        self._seq = 0
+        self._call: _Call | None = None
+        self._stats = [LinkStats() for _ in range(transport.num_shards)]
+        self.set_placement(placement)
+
+    def set_placement(self, placement: Placement) -> None:
+        """Between steps only. Raises PlacementError if it is not for these shards."""
+        if (placement.num_shards, placement.num_moe_layers) != (self._transport.num_shards, self.spec.num_moe_layers):
+            raise PlacementError(
+                f"placement is for {placement.num_shards} shards and {placement.num_moe_layers} MoE layers, "
+                f"expected {self._transport.num_shards} and {self.spec.num_moe_layers}"
+            )
+        self.placement = placement
+        self._assigner = Assigner(placement)
+
+    def moe(
+        self,
+        layer_pos: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        overlap: Callable[[], torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        """`dispatch`, then `overlap` while the shards compute, then `combine`.
+
+        What overlap returns [T, H], unless None, is added to the rounded sum, as vLLM adds its shared experts.
+        """
+        self.dispatch(layer_pos, hidden, topk_ids, topk_weights)
+        extra = overlap() if overlap is not None else None
+        routed = self.combine(layer_pos)
+        return routed if extra is None else routed + extra
+
+    def dispatch(
+        self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> None:
+        """Sends hidden [T, H] to the shards of logical experts topk_ids int [T, K] with topk_weights float32 [T, K].
+
+        Never waits for a shard's compute. A shard that cannot be reached is `combine`'s concern.
+        """
+        if self._call is not None:  # its caller failed in between
+            self._transport.abandon()
+        most = self._transport.max_tokens
+        rest = (hidden[most:], topk_ids[most:], topk_weights[most:]) if len(hidden) > most else None
+        dtype, device = hidden.dtype, hidden.device
+        hidden, topk_ids, topk_weights = (t[:most].cpu() for t in (hidden, topk_ids, topk_weights))
+        shards, slots = self._assigner.place(layer_pos, topk_ids.numpy())
+        works = split(shards, self._assigner.num_shards)
+        rows, scales = hidden, None
+        if self.dispatch_dtype == "fp8":
+            quantized = quantize_tokens(hidden)
+            rows, scales = quantized.q, quantized.scale_inv
+        weights = topk_weights.float().numpy().ravel()
+        call = self._call = _Call(layer_pos, rows, scales, slots.ravel(), weights, works, rest, dtype, device)
+        self._seq += 1
+        for shard_idx, work in enumerate(works):
+            if work.column_sizes:
+                sent = call.sent[shard_idx] = _Sent(work, time.perf_counter())
+                try:
+                    self._send(call, shard_idx, work)
+                except (ShardLostError, DeadlineError) as error:
+                    sent.error = error
+
+    def combine(self, layer_pos: int) -> torch.Tensor:
+        """The routed sum [T, H] of the last dispatch, in hidden's dtype: partials summed in float32, rounded once.
+
+        Raises ShardLostError, ShardFailedError or DeadlineError; never returns with a partial missing.
+        """
+        call = self._call
+        assert call is not None and call.layer_pos == layer_pos, "combine follows the dispatch of the same layer"
+        try:
+            self._collect(call)
+        except BaseException:
+            self._transport.abandon()
+            raise
+        finally:
+            self._call = None
+        routed = self._sum(call).to(call.dtype).to(call.device)
+        if call.rest is None:
+            return routed
+        self.dispatch(layer_pos, *call.rest)
+        return torch.cat([routed, self.combine(layer_pos)])
+
+    def stats(self) -> list[LinkStats]:
+        """By shard, since the router was made."""
+        return self._stats
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _send(self, call: _Call, shard_idx: int, work: ShardWork) -> None:
+        message = Dispatch(
+            self._seq,
+            self.placement.generation,
+            call.layer_pos,
+            self.dispatch_dtype,
+            self.combine_dtype,
+            work.column_sizes,
+        )
+        views = self._transport.prepare(shard_idx, message, time.monotonic() + self.deadline_s)
+        call.slots.take(work.pair_idx, out=views.slot_ids, mode="clip")
+        call.weights.take(work.pair_idx, out=views.weights, mode="clip")
+        token_idx = torch.from_numpy(work.token_idx)
+        if views.rows.dtype == call.rows.dtype:
+            torch.index_select(call.rows, 0, token_idx, out=views.rows)
+        else:
+            views.rows.copy_(call.rows.index_select(0, token_idx))
+        if call.scales is not None and views.scales is not None:
+            torch.index_select(call.scales, 0, token_idx, out=torch.from_numpy(views.scales))
+        self._stats[shard_idx].bytes_out += self._transport.dispatch(shard_idx)
+
+    def _collect(self, call: _Call) -> None:
+        """Waits until every partial is there, asking again for what is lost."""
+        for shard_idx, sent in call.sent.items():
+            if sent.error is not None:
+                self._recover(call, shard_idx, sent.error)
+        deadline = time.monotonic() + self.deadline_s
+        while len(call.partials) < len(call.sent):
+            try:
+                partial = self._transport.receive(deadline)
+            except (ShardLostError, DeadlineError) as error:
+                self._recover(call, error.shard_idx, error)
+                deadline = time.monotonic() + self.deadline_s
+                continue
+            call.partials[partial.shard_idx] = partial.rows
+            self._count(call.sent[partial.shard_idx], partial)
+
+    def _recover(self, call: _Call, shard_idx: int, error: ShardLostError | DeadlineError) -> None:
+        """Blocks until the shard is back, then sends its work again. Raises the error if it does not come back."""
+        start, sent = time.monotonic(), call.sent[shard_idx]
+        reason = str(error)
+        while True:
+            sent.losses += 1
+            if self._on_shard_lost is None or sent.losses > MAX_RECOVERIES:
+                raise error
+            endpoint = self._on_shard_lost(shard_idx, error)
+            try:
+                self._transport.replace(shard_idx, endpoint)
+                self._send(call, shard_idx, sent.work)
+            except (ShardLostError, DeadlineError) as again:
+                error = again
+                continue
+            self.recoveries.append(Recovery(shard_idx, call.layer_pos, time.monotonic() - start, reason))
+            return
+
+    def _sum(self, call: _Call) -> torch.Tensor:
+        """The partials' sum [T, H], in the order of the shards whichever came first: the same bits every time."""
+        num_tokens, total = len(call.rows), None
+        for shard_idx in sorted(call.partials):
+            rows, work = call.partials[shard_idx], call.works[shard_idx]
+            if len(rows) == num_tokens:
+                part = rows.index_select(0, torch.from_numpy(work.row_of_token))
+                total = part.float() if total is None else total.add_(part)
+                continue
+            if total is None:
+                total = torch.zeros(num_tokens, rows.shape[1])
+            total.index_add_(0, torch.from_numpy(work.token_idx), rows.float())
+        return torch.zeros(call.rows.shape) if total is None else total
+
+    def _count(self, done: _Sent, partial: Partial) -> None:
+        stats = self._stats[partial.shard_idx]
+        stats.round_trips_us[stats.requests % NUM_ROUND_TRIPS] = (time.perf_counter() - done.sent_at) * 1e6
+        stats.requests += 1
+        stats.tokens += len(done.work.token_idx)
+        stats.pairs += len(done.work.pair_idx)
+        stats.bytes_in += partial.num_bytes
+        stats.compute_ns += partial.compute_ns

@@ -1,0 +1,255 @@
+"""A shard: a fixed number of expert slots for every MoE layer, and the loop that answers routers. No Ray in it.
+
+Shape legend: T tokens, H hidden, K choices, P pairs (token, slot); ep/wire.py has the jagged order of pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ep.assign import split
+from ep.checkpoint import Checkpoint, OnProgress, SlotWeights
+from ep.errors import PlacementError, WireError
+from ep.kernels import cpu_moe
+from ep.kernels.reference import dequantize_tokens
+from ep.model import ModelSpec
+from ep.placement import Placement
+from ep.transport.base import Endpoint, spec_fingerprint
+from ep.transport.buffer import DispatchViews
+from ep.transport.handshake import Identity
+from ep.transport.listener import Listener, Request
+from ep.wire import Dispatch
+
+log = logging.getLogger(__name__)
+MAX_TOKENS = 65536
+"""The most tokens that a router may send at once; its buffers are sized by what it asks for."""
+
+
+@dataclass
+class ShardStats:
+    """Counted since the shard was loaded. coalesced: requests that shared their pass over the weights with another.
+    compute_ns: time in the experts, over all passes. tokens_of_layer: by position among the MoE layers."""
+
+    shard_idx: int
+    generation: int
+    num_slots: int
+    slot_bytes: int
+    requests: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    coalesced: int = 0
+    failed: int = 0
+    compute_ns: int = 0
+    connections: int = 0
+    dropped: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    tokens_of_layer: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Work:
+    message: Dispatch
+    views: DispatchViews
+    out: torch.Tensor
+
+
+class Shard:
+    """Slots of one shard of a placement, ready to compute. `load` reads them from a checkpoint.
+
+    layers: one SlotWeights per MoE layer, in the spec's order; their memory is taken over and reordered in place.
+    compute_reason says which compute path was chosen and why.
+    """
+
+    def __init__(self, spec: ModelSpec, placement: Placement, shard_idx: int, layers: Iterable[SlotWeights]) -> None:
+        if not 0 <= shard_idx < placement.num_shards:
+            raise PlacementError(f"shard is {shard_idx}, expected 0 to {placement.num_shards - 1}")
+        self.spec = spec
+        self.placement = placement
+        self.shard_idx = shard_idx
+        self._scratch = cpu_moe.Scratch()
+        self._layers: list[cpu_moe.PackedExperts] = []
+        path: cpu_moe.Path_ = "sorted_torch"
+        for weights in layers:
+            if not self._layers:
+                supported, self.compute_reason = cpu_moe.supports(
+                    weights.w13.dtype, spec.hidden_size, spec.moe_intermediate_size
+                )
+                path = "fused" if supported else "sorted_torch"
+                self.dtype = weights.w13.dtype
+            self._layers.append(cpu_moe.pack(weights.w13, weights.w2, path, self._scratch))
+        assert len(self._layers) == spec.num_moe_layers
+        self.compute_path = path
+        slot_bytes = sum(layer.w13.nbytes + layer.w2.nbytes for layer in self._layers)
+        self._stats = ShardStats(
+            shard_idx,
+            placement.generation,
+            placement.slots_per_shard,
+            slot_bytes,
+            tokens_of_layer=[0] * len(self._layers),
+        )
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        shard_idx: int,
+        dtype: torch.dtype = torch.bfloat16,
+        on_progress: OnProgress | None = None,
+    ) -> Shard:
+        """Reads this shard's experts, one layer after the other. Raises CheckpointError, PlacementError."""
+        slots = placement.slots[:, shard_idx]
+        return cls(checkpoint.spec, placement, shard_idx, checkpoint.iter_slots(slots, dtype, on_progress=on_progress))
+
+    def forward(self, layer_pos: int, x: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x [T, H], slot_ids int [T, K] (-1 for none), weights float32 [T, K] -> partials float32 [T, H]."""
+        work = split(np.where(slot_ids.numpy() < 0, -1, 0), 1)[0]
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        if not work.column_sizes:
+            return out
+        token_idx = torch.from_numpy(work.token_idx)
+        job = cpu_moe.Job(
+            x.index_select(0, token_idx).to(self.dtype),
+            work.column_sizes,
+            slot_ids.flatten()[work.pair_idx].int(),
+            weights.flatten()[work.pair_idx].float(),
+            torch.empty(len(token_idx), x.shape[1]),
+        )
+        cpu_moe.moe(self._layers[layer_pos], [job])
+        return out.index_copy_(0, token_idx, job.out)
+
+    def answer(self, message: Dispatch, views: DispatchViews, out: torch.Tensor) -> int:
+        """Computes one dispatch into out [T, H]; returns the nanoseconds it took. Raises WireError."""
+        return self._compute(message.layer_pos, [_Work(message, views, out)])
+
+    def listen(
+        self,
+        key: bytes,
+        node_id: str,
+        host: str | None = None,
+        unix_dir: str | Path | None = None,
+        num_threads: int = 1,
+        max_tokens: int = MAX_TOKENS,
+    ) -> Endpoint:
+        """Starts answering routers that know `key`, on a daemon thread with num_threads torch threads; returns at once.
+
+        TCP on host, this node's own address, if given; unix socket in unix_dir (mode 0700, a temporary folder if None).
+        Raises OptionError.
+        """
+        assert self._listener is None, "already listening"
+        identity = Identity(
+            self.shard_idx,
+            spec_fingerprint(self.spec),
+            self.spec.hidden_size,
+            self.placement.generation,
+            self.placement.slots_per_shard,
+            max_tokens,
+        )
+        listener = Listener(identity, key)
+        endpoint = listener.open(node_id, unix_dir, host)
+        self._listener = listener
+        self._thread = threading.Thread(
+            target=self._serve, args=(listener, num_threads), name=f"ep-shard-{self.shard_idx}", daemon=True
+        )
+        self._thread.start()
+        return endpoint
+
+    def status(self) -> dict[str, Any]:
+        """`stats` and how the experts are computed, as plain values."""
+        compute = {"compute_path": self.compute_path, "compute_reason": self.compute_reason}
+        return asdict(self.stats()) | compute
+
+    def stats(self) -> ShardStats:
+        """A copy; may be called from any thread."""
+        values = asdict(self._stats)
+        if self._listener is not None:
+            traffic = self._listener.stats
+            values.update(
+                connections=traffic.connections,
+                dropped=traffic.dropped,
+                bytes_in=traffic.bytes_in,
+                bytes_out=traffic.bytes_out,
+            )
+        return ShardStats(**values)
+
+    def close(self) -> None:
+        """Stops answering: waits for the computation under way, then ends every connection."""
+        if self._listener is not None and self._thread is not None:
+            self._listener.close()
+            self._thread.join()
+
+    def _serve(self, listener: Listener, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # OpenMP keeps this per thread, so it is set on the one that computes
+        with torch.inference_mode():
+            while not listener.is_closed:
+                by_layer: dict[int, list[Request]] = {}
+                for request in listener.wait():
+                    by_layer.setdefault(request.message.layer_pos, []).append(request)
+                for layer_pos, requests in by_layer.items():
+                    self._answer_all(listener, layer_pos, requests)
+        listener.hang_up()
+
+    def _answer_all(self, listener: Listener, layer_pos: int, requests: list[Request]) -> None:
+        try:
+            works = [_Work(request.message, request.views, request.out) for request in requests]
+            compute_ns = self._compute(layer_pos, works)
+        except Exception as error:
+            if len(requests) > 1:  # one router's mistake is not the others'
+                for request in requests:
+                    self._answer_all(listener, layer_pos, [request])
+                return
+            if not isinstance(error, WireError):
+                log.exception("shard %d: layer %d failed", self.shard_idx, layer_pos)
+            self._stats.failed += 1
+            listener.fail(requests[0], str(error) or type(error).__name__)
+            return
+        for request in requests:
+            listener.answer(request, compute_ns)
+
+    def _compute(self, layer_pos: int, works: Sequence[_Work]) -> int:
+        if layer_pos >= len(self._layers):
+            raise WireError(f"MoE layer is {layer_pos}, expected 0 to {len(self._layers) - 1}")
+        jobs = [self._job(work) for work in works]
+        start = time.perf_counter_ns()
+        cpu_moe.moe(self._layers[layer_pos], jobs)
+        compute_ns = time.perf_counter_ns() - start
+        stats = self._stats
+        tokens = sum(work.message.num_tokens for work in works)
+        stats.requests += len(works)
+        stats.coalesced += len(works) if len(works) > 1 else 0
+        stats.tokens += tokens
+        stats.pairs += sum(work.message.num_pairs for work in works)
+        stats.compute_ns += compute_ns
+        stats.tokens_of_layer[layer_pos] += tokens
+        return compute_ns
+
+    def _job(self, work: _Work) -> cpu_moe.Job:
+        message, views = work.message, work.views
+        if message.generation != self.placement.generation:
+            raise WireError(f"placement generation is {message.generation}, expected {self.placement.generation}")
+        slot_ids = views.slot_ids.copy()  # checked and used from memory that the router cannot reach
+        # The op does not check what it indexes with; a negative id is a huge unsigned one.
+        if slot_ids.view(np.uint32).max() >= self.placement.slots_per_shard:
+            raise WireError(f"a slot is out of range, expected 0 to {self.placement.slots_per_shard - 1}")
+        rows = views.rows
+        if views.scales is not None:
+            rows = dequantize_tokens(rows, torch.from_numpy(views.scales))
+        return cpu_moe.Job(
+            rows if rows.dtype == self.dtype else rows.to(self.dtype),
+            message.column_sizes,
+            torch.from_numpy(slot_ids),
+            torch.from_numpy(views.weights),
+            work.out,
+        )
