@@ -21,24 +21,24 @@ from ep.engine.ops import bound_router
 from ep.kernels.reference import Routing
 
 
-def _layer_idx(prefix: str) -> int:
-    """The checkpoint's number of the layer that vLLM builds under `prefix` (`model.layers.<idx>.mlp`)."""
+def _layer_pos(prefix: str) -> int:
+    """Position among the MoE layers of the one that vLLM builds under `prefix` (`model.layers.<idx>.mlp`)."""
     found = re.search(r"layers\.(\d+)\.", f"{prefix}.")
     assert found is not None, prefix
-    return int(found.group(1))
+    return bound_router().spec.layer_pos(int(found.group(1)))
 
 
 def _shards_answer(
-    hidden: torch.Tensor, routing: Routing, layer_idx: int, shared: nn.Module | None = None
+    hidden: torch.Tensor, routing: Routing, layer_pos: int, shared: nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dispatch, run `shared` while the shards compute, combine.
 
     Returns (routed [T, H], shared output or None).
     """
     ids, weights = routing.topk_ids, routing.topk_weights
-    ticket = torch.ops.ep.dispatch(hidden, ids, weights, layer_idx)
+    ticket = torch.ops.ep.dispatch(hidden, ids, weights, layer_pos)
     extra = shared(hidden) if shared is not None else None
-    routed = torch.ops.ep.combine(ticket, ticket if extra is None else extra, hidden, ids, weights)
+    routed = torch.ops.ep.combine(ticket, ticket if extra is None else extra, hidden, ids, weights, layer_pos)
     return routed, extra
 
 
@@ -53,7 +53,7 @@ def make_deepseek_block(native_module: Any) -> type[nn.Module]:
         ) -> None:
             super().__init__()
             self.spec = bound_router().spec
-            self.layer_idx = _layer_idx(prefix)
+            self.layer_pos = _layer_pos(prefix)
             self.gate = native_module.GateLinear(
                 config.hidden_size,
                 config.n_routed_experts,
@@ -76,7 +76,7 @@ def make_deepseek_block(native_module: Any) -> type[nn.Module]:
         def forward(self, hidden_states: torch.Tensor, already_sequence_parallel: bool = False) -> torch.Tensor:
             logits, _ = self.gate(hidden_states)
             routing = route_like_vllm(logits, self.gate.e_score_correction_bias, self.spec)
-            routed, shared = _shards_answer(hidden_states, routing, self.layer_idx, self.shared_experts)
+            routed, shared = _shards_answer(hidden_states, routing, self.layer_pos, self.shared_experts)
             routed = routed * self.spec.routed_scaling_factor
             return routed if shared is None else shared + routed
 
@@ -98,7 +98,7 @@ def make_mixtral_block(native_module: Any) -> type[nn.Module]:
         ) -> None:
             super().__init__()
             self.spec = bound_router().spec
-            self.layer_idx = _layer_idx(prefix)
+            self.layer_pos = _layer_pos(prefix)
             self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = num_experts
             self.n_local_physical_experts = num_experts
             params_dtype = _native_options.get("params_dtype")
@@ -110,7 +110,7 @@ def make_mixtral_block(native_module: Any) -> type[nn.Module]:
             hidden = hidden_states.view(-1, hidden_states.shape[-1])
             logits, _ = self.gate(hidden)
             routing = route_like_vllm(logits, None, self.spec)
-            routed, _ = _shards_answer(hidden, routing, self.layer_idx)
+            routed, _ = _shards_answer(hidden, routing, self.layer_pos)
             return routed.view(hidden_states.shape)
 
     return MixtralExperts

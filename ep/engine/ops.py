@@ -41,10 +41,9 @@ def register_ops() -> None:
     if _library is not None:
         return
     library = torch.library.Library("ep", "DEF")
-    library.define("dispatch(Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_idx) -> Tensor")
-    library.define(
-        "combine(Tensor ticket, Tensor after, Tensor hidden, Tensor topk_ids, Tensor topk_weights) -> Tensor"
-    )
+    sent = "Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_pos"
+    library.define(f"dispatch({sent}) -> Tensor")
+    library.define(f"combine(Tensor ticket, Tensor after, {sent}) -> Tensor")
     for key in ("CPU", "CUDA"):
         library.impl("dispatch", _dispatch, key)
         library.impl("combine", _combine, key)
@@ -53,8 +52,8 @@ def register_ops() -> None:
     _library = library
 
 
-def _dispatch(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_idx: int) -> torch.Tensor:
-    bound_router().dispatch(layer_idx, hidden, topk_ids, topk_weights)
+def _dispatch(hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int) -> torch.Tensor:
+    bound_router().dispatch(layer_pos, hidden, topk_ids, topk_weights)
     return hidden.new_empty(0)
 
 
@@ -64,12 +63,13 @@ def _combine(
     hidden: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
+    layer_pos: int,
 ) -> torch.Tensor:
-    return bound_router().combine()
+    return bound_router().combine(layer_pos)
 
 
 def _dispatch_fake(
-    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_idx: int
+    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int
 ) -> torch.Tensor:
     return hidden.new_empty(0)
 
@@ -80,5 +80,6 @@ def _combine_fake(
     hidden: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
+    layer_pos: int,
 ) -> torch.Tensor:
     return torch.empty_like(hidden)
