@@ -20,7 +20,7 @@ MAX_LINES = 350
 
 @dataclass(frozen=True)
 class Layer:
-    """Modules, with everything below them, and the libraries they may name. Imports itself and the layers listed before."""
+    """Modules, with everything below them, and the libraries they may name. It imports itself and those before it."""
 
     name: str
     modules: tuple[str, ...]
@@ -53,7 +53,7 @@ ONLY = {
         "ep.cluster.router_actor",
         "ep.cluster.scheduler",
         "ep.cluster.worker",
-        "ep.bench.client",
+        "ep.bench.vllm_client",
     ),
     "ray": ("ep.cluster.*", "ep.status", "ep.bench.*"),
 }
@@ -132,7 +132,7 @@ def test_top_level_folders_are_reached_through_ep_only(folder: str) -> None:
 
 
 def imported_by(*modules: str) -> set[str]:
-    """Top-level names in sys.modules of a fresh interpreter after importing; fails if that starts a thread or prints."""
+    """Top-level names in a fresh interpreter's sys.modules after importing; fails if that prints or starts a thread."""
     code = (
         "import importlib, os, sys, threading\n"
         "before = dict(os.environ)\n"

