@@ -52,31 +52,34 @@ class Assigner:
 
 
 def split(shard_idx: IntArray, num_shards: int) -> list[ShardWork]:
-    """Shards [T, K] of the chosen slots (a negative one is no choice) -> the work of each shard.
+    """Shards [T, K] of the chosen slots -> the work of each shard.
 
     Every pair lies in exactly one shard's work, every token at most once in each; a token's slots keep their order.
     """
     num_tokens, num_choices = shard_idx.shape
-    here = shard_idx == np.arange(num_shards)[:, None, None]
-    running = here.cumsum(axis=2)
-    counts = running[:, :, -1]
-    order = (-counts).argsort(axis=1, kind="stable")
-    row_of_token = np.empty_like(order)
-    np.put_along_axis(row_of_token, order, np.arange(num_tokens)[None], axis=1)
-    sizes = (counts[:, :, None] > np.arange(num_choices)).sum(axis=1)
-    starts = sizes.cumsum(axis=1) - sizes
-    shard, token, choice = here.nonzero()
-    place = starts[shard, running[shard, token, choice] - 1] + row_of_token[shard, token]
-    num_pairs = sizes.sum(axis=1)
-    first = num_pairs.cumsum() - num_pairs
-    pairs = np.empty(len(shard), dtype=np.int64)
-    pairs[first[shard] + place] = token * num_choices + choice
-    return [
-        ShardWork(
-            token_idx=order[s, : sizes[s, 0]],
-            row_of_token=row_of_token[s],
-            column_sizes=tuple(size for size in sizes[s].tolist() if size),
-            pair_idx=pairs[first[s] : first[s] + num_pairs[s]],
+    cell = (shard_idx * num_tokens + np.arange(num_tokens)[:, None]).ravel()  # (shard, token) of each pair
+    counts = np.bincount(cell, minlength=num_shards * num_tokens)
+    by_cell = cell.argsort(kind="stable")
+    cell = cell[by_cell]
+    rank = np.arange(len(cell)) - (counts.cumsum() - counts)[cell]
+    order = (-counts).reshape(num_shards, num_tokens).argsort(axis=1, kind="stable")
+    row_of_token = order.argsort(axis=1)  # the inverse permutation
+    column = cell // num_tokens * num_choices + rank
+    sizes = np.bincount(column, minlength=num_shards * num_choices)
+    ends = sizes.cumsum()
+    pairs = np.empty(len(cell), dtype=np.int64)
+    pairs[(ends - sizes)[column] + row_of_token.ravel()[cell]] = by_cell
+    works = []
+    start = 0
+    for shard, columns in enumerate(sizes.reshape(num_shards, num_choices).tolist()):
+        end = start + sum(columns)
+        works.append(
+            ShardWork(
+                token_idx=order[shard, : columns[0]],
+                row_of_token=row_of_token[shard],
+                column_sizes=tuple(filter(None, columns)),
+                pair_idx=pairs[start:end],
+            )
         )
-        for s in range(num_shards)
-    ]
+        start = end
+    return works

@@ -163,7 +163,8 @@ class Router:
         most = self._transport.max_tokens
         rest = (hidden[most:], topk_ids[most:], topk_weights[most:]) if len(hidden) > most else None
         dtype, device = hidden.dtype, hidden.device
-        hidden, topk_ids, topk_weights = (t[:most].cpu() for t in (hidden, topk_ids, topk_weights))
+        if rest is not None or device.type != "cpu":
+            hidden, topk_ids, topk_weights = (t[:most].cpu() for t in (hidden, topk_ids, topk_weights))
         shards, slots = self._assigner.place(layer_pos, topk_ids.numpy())
         works = split(shards, self._assigner.num_shards)
         rows, scales = hidden, None
@@ -195,7 +196,9 @@ class Router:
             raise
         finally:
             self._call = None
-        routed = self._sum(call).to(call.dtype).to(call.device)
+        routed = torch.from_numpy(self._sum(call)).to(call.dtype)
+        if call.device.type != "cpu":
+            routed = routed.to(call.device)
         if call.rest is None:
             return routed
         self.dispatch(layer_pos, *call.rest)
@@ -263,19 +266,19 @@ class Router:
             self.recoveries.append(Recovery(shard_idx, call.layer_pos, time.monotonic() - start, reason))
             return
 
-    def _sum(self, call: _Call) -> torch.Tensor:
+    def _sum(self, call: _Call) -> npt.NDArray[np.float32]:
         """The partials' sum [T, H], in the order of the shards whichever came first: the same bits every time."""
         num_tokens, total = len(call.rows), None
         for shard_idx in sorted(call.partials):
-            rows, work = call.partials[shard_idx], call.works[shard_idx]
+            rows, work = call.partials[shard_idx].float().numpy(), call.works[shard_idx]
             if len(rows) == num_tokens:
-                part = rows.index_select(0, torch.from_numpy(work.row_of_token))
-                total = part.float() if total is None else total.add_(part)
+                part = rows.take(work.row_of_token, axis=0)
+                total = part if total is None else np.add(total, part, out=total)
                 continue
             if total is None:
-                total = torch.zeros(num_tokens, rows.shape[1])
-            total.index_add_(0, torch.from_numpy(work.token_idx), rows.float())
-        return torch.zeros(call.rows.shape) if total is None else total
+                total = np.zeros((num_tokens, rows.shape[1]), dtype=np.float32)
+            total[work.token_idx] += rows
+        return np.zeros(call.rows.shape, dtype=np.float32) if total is None else total
 
     def _count(self, done: _Sent, partial: Partial) -> None:
         stats = self._stats[partial.shard_idx]

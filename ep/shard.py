@@ -115,7 +115,7 @@ class Shard:
 
     def forward(self, layer_pos: int, x: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H], slot_ids int [T, K] (-1 for none), weights float32 [T, K] -> partials float32 [T, H]."""
-        work = split(np.where(slot_ids.numpy() < 0, -1, 0), 1)[0]
+        work = split(np.where(slot_ids.numpy() < 0, 1, 0), 2)[0]
         out = torch.zeros(x.shape, dtype=torch.float32)
         if not work.column_sizes:
             return out

@@ -20,7 +20,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import msgpack
 
@@ -39,7 +40,6 @@ ROW_BYTES = {"bf16": 2, "f32": 4, "fp8": 1}
 """Bytes of one value of a token's row, by the dtype's name on the wire."""
 
 _UINT_LIMIT = 1 << 63
-M = TypeVar("M", bound="Message")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,7 @@ class Message:
     kind: ClassVar[int]
 
     def check(self) -> None:
-        """Raises WireError where a field's value cannot be meant."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not 0 <= value < _UINT_LIMIT:
-                raise WireError(f"{type(self).__name__}: {field.name} is {value}, expected 0 to 2**63 - 1")
-            if isinstance(value, str) and len(value.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
-                raise WireError(f"{type(self).__name__}: {field.name} is longer than {MAX_TEXT_BYTES} bytes")
+        """Raises WireError where the fields' values cannot be meant."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +144,35 @@ class Pong(Message):
     seq: int
 
 
-@dataclass(frozen=True)
 class _Codec:
-    cls: type[Message]
-    names: tuple[str, ...]
-    types: tuple[type, ...]
+    """Fields of one kind of message, in the order of the wire."""
+
+    def __init__(self, cls: type[Message]) -> None:
+        of_name: dict[str, type] = {"int": int, "str": str, "tuple[int, ...]": tuple}
+        self.cls = cls
+        self.names = tuple(field.name for field in fields(cls))
+        self.types = tuple(of_name[str(field.type)] for field in fields(cls))
+        self.values = attrgetter(*self.names) if len(self.names) > 1 else lambda message: (message.seq,)
+
+    def build(self, values: tuple[Any, ...]) -> Message:
+        """The message with these fields. Raises WireError if they are not what it has."""
+        if tuple(map(type, values)) != self.types:
+            raise WireError(f"{self.cls.__name__}: fields are not {', '.join(self.names)} of the right types")
+        for value in values:
+            if type(value) is int:
+                is_sane = 0 <= value < _UINT_LIMIT
+            elif type(value) is tuple:
+                is_sane = all(type(item) is int and 0 <= item < _UINT_LIMIT for item in value)
+            else:
+                is_sane = len(value) <= MAX_TEXT_BYTES
+            if not is_sane:
+                raise WireError(f"{self.cls.__name__}: {value!r:.80} is out of range")
+        message = self.cls(*values)
+        message.check()
+        return message
 
 
-_TYPES: dict[str, type] = {"int": int, "str": str, "tuple[int, ...]": tuple}
-_CODECS = {
-    cls.kind: _Codec(cls, tuple(f.name for f in fields(cls)), tuple(_TYPES[str(f.type)] for f in fields(cls)))
-    for cls in (Hello, Welcome, Dispatch, Combine, Failure, Ping, Pong)
-}
+_CODECS = {cls.kind: _Codec(cls) for cls in (Hello, Welcome, Dispatch, Combine, Failure, Ping, Pong)}
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ class Frame:
 
 def encode(message: Message, payload_bytes: int = 0) -> bytes:
     """One block, BLOCK_BYTES long. Raises WireError for a message that does not fit."""
-    header = msgpack.packb([message.kind, *(getattr(message, n) for n in _CODECS[message.kind].names)])
+    header = msgpack.packb((message.kind, *_CODECS[message.kind].values(message)))
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"{type(message).__name__}: header is {len(header)} bytes, expected at most {MAX_HEADER_BYTES}")
     return (PREFIX.pack(MAGIC, len(header), payload_bytes) + header).ljust(BLOCK_BYTES, b"\0")
@@ -201,16 +212,7 @@ def _decode_header(header: bytes) -> Message:
         raise WireError(f"header is not msgpack: {type(error).__name__}: {error}") from error
     if type(values) is not tuple or not values or type(values[0]) is not int or values[0] not in _CODECS:
         raise WireError("header is no message of a known kind")
-    codec = _CODECS[values[0]]
-    if tuple(map(type, values[1:])) != codec.types:
-        raise WireError(f"{codec.cls.__name__}: fields are not {', '.join(codec.names)} of the right types")
-    for value in values:
-        if type(value) is tuple and any(type(item) is not int or not 0 <= item < _UINT_LIMIT for item in value):
-            raise WireError(f"{codec.cls.__name__}: a list holds something else than counts")
-    message = codec.cls(*values[1:])
-    Message.check(message)
-    message.check()
-    return message
+    return _CODECS[values[0]].build(values[1:])
 
 
 def shorten(text: str) -> str:
