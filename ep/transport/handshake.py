@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass
 
 from ep.errors import AuthError, TransportError, WireError
+from ep.model import ModelSpec
 from ep.transport import shm
 from ep.transport.auth import prove_to_router, prove_to_shard
+from ep.transport.base import spec_fingerprint
 from ep.transport.channel import Channel, StreamChannel, tune
 from ep.wire import (
     BLOCK_BYTES,
@@ -26,6 +28,8 @@ from ep.wire import (
     shorten,
 )
 
+MAX_TOKENS = 8192
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -41,13 +45,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class Greeting:
-    """What a router tells shards about itself."""
+    """What a router tells shards about itself. max_tokens: the most it sends at once; buffers are made for that many,
+    their pages are taken when first used."""
 
     router_id: str
     fingerprint: str
     hidden_size: int
     max_tokens: int
     top_k: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, router_id: str, max_tokens: int = MAX_TOKENS) -> Greeting:
+        return cls(router_id, spec_fingerprint(spec), spec.hidden_size, max_tokens, spec.top_k)
 
 
 def greet(sock: socket.socket, greeting: Greeting, shard_idx: int, key: bytes, deadline: float) -> Channel:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ep.errors import DeadlineError, ShardFailedError, ShardLostError, TransportError
-from ep.model import ModelSpec
-from ep.transport.base import Endpoint, Partial, spec_fingerprint
+from ep.transport.base import Endpoint, Partial
 from ep.transport.buffer import DispatchViews
 from ep.transport.channel import Channel
 from ep.transport.handshake import Greeting, greet
@@ -21,8 +20,6 @@ from ep.wire import BLOCK_BYTES, Combine, Dispatch, Failure, Frame, Message, Pin
 
 log = logging.getLogger(__name__)
 CONNECT_S = 5.0
-MAX_TOKENS = 8192
-"""The most tokens in one dispatch; buffers are this large, their pages are taken when first used."""
 NO_MESSAGE = Ping(0)
 
 
@@ -54,15 +51,13 @@ class SocketTransport:
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
-        spec: ModelSpec,
+        greeting: Greeting,
         key: bytes,
         node_id: str,
-        router_id: str = "0",
-        max_tokens: int = MAX_TOKENS,
         connect_s: float = CONNECT_S,
     ) -> None:
-        self.max_tokens = max_tokens
-        self._greeting = Greeting(router_id, spec_fingerprint(spec), spec.hidden_size, max_tokens, spec.top_k)
+        self.max_tokens = greeting.max_tokens
+        self._greeting = greeting
         self._key = key
         self._node_id = node_id
         self._connect_s = connect_s

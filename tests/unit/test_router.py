@@ -25,6 +25,7 @@ from ep.errors import PlacementError
 from ep.placement import Placement, even_split
 from ep.router import Router
 from ep.transport.base import Transport
+from ep.transport.handshake import Greeting
 from ep.transport.local import LocalTransport
 from ep.transport.sockets import SocketTransport
 
@@ -45,7 +46,7 @@ def make_transport(way: str, num_shards: int, dtype: torch.dtype, folder: Path) 
     folder.mkdir(mode=0o700, exist_ok=True)
     endpoints = [shard.listen(KEY, NODE, host="127.0.0.1", unix_dir=folder) for shard in shards]
     node = NODE if way == "shm" else "node-b"
-    return SocketTransport(endpoints, spec, KEY, node, max_tokens=64), shards
+    return SocketTransport(endpoints, Greeting.of(spec, "router-0", 64), KEY, node), shards
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
