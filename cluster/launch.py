@@ -21,6 +21,7 @@ from ep.link import NAMESPACE, Link
 from ep.placement import Placement
 
 _POLL_S = 0.25
+_SAY_AFTER_S, _SAY_EVERY_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Launch:
     def _wait_for_resources(self, bundle: dict[str, float], on_wait: Callable[[str], None]) -> None:
         assert self._group is not None
         deadline = time.monotonic() + self.options.wait_s
+        quiet_until = time.monotonic() + _SAY_AFTER_S
         while not self._group.wait(_POLL_S):
             missing = self._missing(bundle)
             if time.monotonic() > deadline:
@@ -161,7 +163,9 @@ class Launch:
                 raise ClusterError(
                     f"{missing}; gave up after {self.options.wait_s:g} s: add nodes, or lower --shards or --shard-cpus"
                 )
-            on_wait(missing)
+            if time.monotonic() > quiet_until:
+                on_wait(missing)
+                quiet_until = time.monotonic() + _SAY_EVERY_S
 
     def _missing(self, bundle: dict[str, float]) -> str:
         num_shards = self.options.placement.num_shards

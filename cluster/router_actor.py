@@ -16,6 +16,9 @@ from typing import Any
 from ep.cluster.session import restore_priority
 from ep.link import NAMESPACE, Link
 
+FAILED = "failed: "
+"""How the phase of a router starts that could not."""
+
 MAX_DISPATCH_TOKENS = 2048
 """Larger batches go out in parts: the buffers of every link are sized for this many."""
 
@@ -60,7 +63,11 @@ class RouterActor:
 
     def start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
         """Build the router and vLLM's worker, load the weights; returns the handle of the answer queue."""
-        return self._call(lambda: self._start(vllm_config, rank, queue_handle, init_method))
+        try:
+            return self._call(lambda: self._start(vllm_config, rank, queue_handle, init_method))
+        except Exception as error:
+            self._phase(f"{FAILED}{error}")
+            raise
 
     def run(self) -> None:
         """Serve steps until the queue is closed; its end tells the executor that this router is gone."""
