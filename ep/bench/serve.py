@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ep.bench.client import Load, Percentiles, Served, run_client
 from ep.bench.conditions import Conditions, conditions
-from ep.bench.server import Server, answers, free_port
+from ep.bench.server import Server, answers, free_port, served_model
 from ep.checkpoint import write_dequantized
 from ep.devices import count_gpus
 from ep.errors import OptionError
@@ -177,7 +177,7 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
         return _Target(name, server.url, target.name, weights, server, seconds)
 
     if options.url is not None:
-        targets = [_Target("ep", options.url, target.name, weights)]
+        targets = [_Target("ep", options.url, served_model(options.url), weights)]
     else:
         command = [*_EP, options.model, "--checkpoint", weights, "--verbose", *options.ep_flags]
         targets = [start("ep", command, ["--", *options.vllm_flags])]
@@ -279,7 +279,7 @@ def _table(result: ServeBench) -> Table:
     table = Table(
         title=f"{options.model}: {options.concurrency} concurrent, {options.input_len} + {options.output_len} tokens, "
         f"{options.num_prompts} requests, median of {options.rounds} rounds",
-        caption=f"{at.cores} cores of {at.cpu}; logs in {result.logs}",
+        caption=f"{at.cores} cores of {at.cpu}, load {at.load_1m:g} before; logs in {result.logs}",
     )
     table.add_column("")
     for name in result.servers:
@@ -300,7 +300,7 @@ def _table(result: ServeBench) -> Table:
     for name in ("ttft", "tpot", "itl"):
         for p in ("p50", "p90", "p99"):
             row(f"{name.upper()} {p}, ms", [getattr(getattr(s.served, f"{name}_ms"), p) for s in servers], 1)
-    for label in sorted({label for s in servers for label in s.cpu_s_per_1000_tokens}):
+    for label in sorted({label for s in servers for label, cpu_s in s.cpu_s_per_1000_tokens.items() if cpu_s >= 0.005}):
         values = (s.cpu_s_per_1000_tokens.get(label, 0.0) for s in servers)
         table.add_row(f"CPU s per 1000 tokens: {label}", *(f"{value:.2f}" if value else "" for value in values))
     totals = [sum(s.cpu_s_per_1000_tokens.values()) for s in servers]
