@@ -192,14 +192,19 @@ class Shard:
 
     def _serve(self, listener: Listener, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # OpenMP keeps this per thread, so it is set on the one that computes
-        with torch.inference_mode():
-            while not listener.is_closed:
-                by_layer: dict[int, list[Request]] = {}
-                for request in listener.wait():
-                    by_layer.setdefault(request.message.layer_pos, []).append(request)
-                for layer_pos, requests in by_layer.items():
-                    self._answer_all(listener, layer_pos, requests)
-        listener.hang_up()
+        try:
+            with torch.inference_mode():
+                while not listener.is_closed:
+                    by_layer: dict[int, list[Request]] = {}
+                    for request in listener.wait():
+                        by_layer.setdefault(request.message.layer_pos, []).append(request)
+                    for layer_pos, requests in by_layer.items():
+                        self._answer_all(listener, layer_pos, requests)
+        except Exception:
+            log.exception("shard %d: stops serving", self.shard_idx)
+            listener.close()
+        finally:  # routers learn at once that no answer will come
+            listener.hang_up()
 
     def _answer_all(self, listener: Listener, layer_pos: int, requests: list[Request]) -> None:
         try:
