@@ -102,6 +102,11 @@ class Launch:
         except ray.exceptions.GetTimeoutError:
             return {"shards": [], "routers": {}}
 
+    def set_phase(self, phase: str) -> None:
+        """What `ep status` says of the routers from now on."""
+        for rank in range(self.options.num_routers):
+            self._coordinator.set_phase.remote(rank, phase)
+
     def wait_for_shards(self) -> None:
         """Raises what kept a shard from loading: CheckpointError, ClusterError."""
         try:

@@ -1,6 +1,6 @@
 """The Ray actor around a vLLM worker: attention, gating, dispatch and combine of one attention rank.
 
-Ray carries the start; steps arrive over vLLM's MessageQueue and are computed by a thread of their own, so that control
+Ray carries the start; steps arrive over a StepQueue and are computed by a thread of their own, so that control
 calls are answered while a step runs.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ep.cluster.session import restore_priority
+from ep.cluster.step_queue import StepQueue
 from ep.link import NAMESPACE, Link
 
 FAILED = "failed: "
@@ -51,6 +52,7 @@ class RouterActor:
         self._setup = setup
         self._router: Any = None
         self._worker: Any = None
+        self._steps: StepQueue | None = None
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="router").start()
         self._jobs.put((self._import_vllm, Future()))
@@ -61,10 +63,14 @@ class RouterActor:
 
         return get_file_store_init_method()
 
-    def start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
-        """Build the router and vLLM's worker, load the weights; returns the handle of the answer queue."""
+    def connect(self, path: str) -> None:
+        """Connect to the executor's rendezvous."""
+        self._steps = StepQueue.connect(path)
+
+    def start(self, vllm_config: Any, init_method: str) -> None:
+        """Build the router and vLLM's worker, load the weights."""
         try:
-            return self._call(lambda: self._start(vllm_config, rank, queue_handle, init_method))
+            self._call(lambda: self._start(vllm_config, init_method))
         except Exception as error:
             self._phase(f"{FAILED}{error}")
             raise
@@ -99,7 +105,7 @@ class RouterActor:
         self._phase("importing vLLM")
         import vllm.v1.executor.multiproc_executor  # noqa: F401
 
-    def _start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
+    def _start(self, vllm_config: Any, init_method: str) -> None:
         from vllm.plugins import load_general_plugins
 
         from ep.cluster.worker import RouterWorker
@@ -110,17 +116,18 @@ class RouterActor:
         self._router = self._connect(vllm_config.scheduler_config.max_num_batched_tokens)
         bind_router(self._router)
         self._phase("loading attention weights")
+        rank = self._setup.rank
+        assert self._steps is not None, "connect comes before start"
         self._worker = RouterWorker(
+            self._steps,
             vllm_config=vllm_config,
             local_rank=rank,
             rank=rank,
             distributed_init_method=init_method,
-            input_shm_handle=queue_handle,
             shared_worker_lock=threading.Lock(),
             is_driver_worker=rank % vllm_config.parallel_config.tensor_parallel_size == 0,
         )
         self._phase("warming up")
-        return self._worker.worker_response_mq.export_handle()
 
     def _serve(self) -> None:
         try:

@@ -65,6 +65,46 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+@cli.command()
+@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
+def status(address: str, as_json: bool) -> None:
+    """What runs on a cluster: shards, nodes, slots, memory, requests, tokens."""
+    from ep.status import collect, show
+
+    show(collect(address), as_json)
+
+
+@cli.group()
+def model() -> None:
+    """Checkpoints and presets."""
+
+
+@model.command("synth")
+@click.argument("preset")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--seed", type=int, help="[default: the preset's]")
+@click.option(
+    "--zipf", "zipf_exponent", type=click.FloatRange(0), help="Skew of expert popularity. [default: the preset's]"
+)
+@click.option("--bf16", is_flag=True, help="Dequantised, for engines without block FP8.")
+def synth(preset: str, folder: str, seed: int | None, zipf_exponent: float | None, bf16: bool) -> None:
+    """Write the synthetic stand-in of PRESET into FOLDER."""
+    from ep.synth import SynthOptions
+    from ep.synth import synth as run
+
+    run(SynthOptions(preset, folder, seed, zipf_exponent, bf16))
+
+
+@model.command("list")
+def list_models() -> None:
+    """The presets that `ep serve` knows."""
+    from ep.model import list_presets
+
+    for name in list_presets():
+        click.echo(name)
+
+
 def main() -> None:
     """Entry point: user mistakes are one line and exit code 2."""
     try:

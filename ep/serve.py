@@ -97,6 +97,7 @@ def serve(options: ServeOptions) -> None:
         except KeyboardInterrupt:
             terminal.say("stopping")
         finally:
+            _ignore_signals()
             _end_ray()
     terminal.say("stopped: no process left")
 
@@ -149,6 +150,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     address = options.address or ("auto" if sessions.find_running() else "local")
     needed = int(placement.num_shards * options.shard_cpus + 0.999)
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     server = vllm.result()
     args = server.parse_flags(_flags(options, target, server.is_cpu()))
     _check_supported(args, server.is_cpu())
@@ -186,6 +188,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             ended.set()
             announce.join()
     finally:
+        _ignore_signals()
         launch.close()
 
 
@@ -246,6 +249,7 @@ def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: 
             last = phase
         if ended.wait(0.25):
             return
+    launch.set_phase("serving")
     terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")
@@ -325,6 +329,12 @@ def _check_port(host: str, port: int) -> None:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    """From here on everything is being ended anyway; a second Ctrl-C must not leave half of it behind."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_ray() -> None:
