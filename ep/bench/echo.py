@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ep.errors import TransportError
 from ep.transport.base import Endpoint
+from ep.transport.buffer import from_raw
 from ep.transport.handshake import Identity
 from ep.transport.listener import Listener
 
@@ -65,7 +66,7 @@ def _echo(pipe: Connection, setup: EchoSetup) -> None:
     with torch.inference_mode():
         while not pipe.poll():
             for request in listener.wait():
-                request.out.copy_(request.views.rows)
+                request.out.copy_(from_raw(request.views.rows, request.message.dtype))
                 listener.answer(request, 0)
     listener.close()
 

@@ -28,6 +28,7 @@ from ep.bench.echo import FINGERPRINT, EchoSetup, GlooRouter, start_echo
 from ep.errors import OptionError, TransportError
 from ep.transport.auth import new_key
 from ep.transport.base import Partial
+from ep.transport.buffer import to_raw
 from ep.transport.handshake import Greeting
 from ep.transport.sockets import SocketTransport
 from ep.wire import Dispatch
@@ -221,11 +222,12 @@ class _Caller:
         self._seq += 1
         deadline = time.monotonic() + DEADLINE_S
         for shard_idx, part in enumerate(rows):
-            message = Dispatch(self._seq, 0, 0, "bf16", "bf16", (len(part),))
+            message = Dispatch(self._seq, 0, 0, "bf16", "bf16", len(part), len(part))
             views = self._transport.prepare(shard_idx, message, deadline)
+            views.counts.fill(1)
             views.slot_ids.fill(0)
             views.weights.fill(1)
-            views.rows.copy_(part)
+            views.rows[:] = to_raw(part, "bf16")
             self._transport.dispatch(shard_idx)
         answers: list[Partial] = [self._transport.receive(deadline) for _ in rows]
         return [answer.rows for answer in sorted(answers, key=lambda answer: answer.shard_idx)]

@@ -47,7 +47,7 @@ def make_job(
     pairs = torch.from_numpy(work.pair_idx)
     job = cpu_moe.Job(
         x[token_idx],
-        work.column_sizes,
+        work.counts,
         torch.from_numpy(ids).flatten()[pairs],
         weights.flatten()[pairs],
         torch.full((len(token_idx), H), torch.nan, dtype=out_dtype),
@@ -83,17 +83,16 @@ def test_equals_reference(
 
 @needs_fused
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 33])
-@pytest.mark.parametrize("num_columns", [1, 2, 4, E])
-def test_uniform_jobs_have_the_bits_of_vllms_call(num_tokens: int, num_columns: int) -> None:
+@pytest.mark.parametrize("num_slots", [1, 2, 4, E])
+def test_uniform_jobs_have_the_bits_of_vllms_call(num_tokens: int, num_slots: int) -> None:
     """As vLLM's CPU experts call the op, on weights that were packed in one piece."""
     weights = WEIGHTS[torch.bfloat16]
     isa = cpu_moe._isa()
     w13, w2 = torch.empty_like(weights.w13), torch.empty_like(weights.w2)
     torch.ops._C.prepack_moe_weight(weights.w13, w13, isa)
     torch.ops._C.prepack_moe_weight(weights.w2, w2, isa)
-    job, _ = make_job(torch.bfloat16, [num_columns] * num_tokens, seed=num_tokens, out_dtype=torch.bfloat16)
-    ids = job.slot_ids.view(num_columns, num_tokens).t().contiguous()
-    topk_weights = job.weights.view(num_columns, num_tokens).t().contiguous()
+    job, _ = make_job(torch.bfloat16, [num_slots] * num_tokens, seed=num_tokens, out_dtype=torch.bfloat16)
+    ids, topk_weights = (pairs.view(num_tokens, num_slots) for pairs in (job.slot_ids, job.weights))
     native = torch.empty_like(job.x)
     torch.ops._C.cpu_fused_moe(native, job.x, w13, w2, None, None, topk_weights, ids, False, "silu", isa)
     cpu_moe.moe(packed(torch.bfloat16, "fused"), [job])

@@ -10,18 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shards import (
-    KEY,
-    NODE,
-    NUM_EXPERTS,
-    NUM_LAYERS,
-    expected,
-    make_experts,
-    make_shard,
-    make_spec,
-    random_routing,
-    relative_error,
-)
 
 from ep.errors import OptionError, PlacementError, ShardFailedError, TransportError
 from ep.kernels.reference import Experts
@@ -33,6 +21,18 @@ from ep.transport.base import Endpoint
 from ep.transport.handshake import Greeting
 from ep.transport.local import LocalTransport
 from ep.transport.sockets import SocketTransport
+from tests.unit.shards import (
+    KEY,
+    NODE,
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    expected,
+    make_experts,
+    make_shard,
+    make_spec,
+    random_routing,
+    relative_error,
+)
 
 BOUND = {"f32": 1e-5, "bf16": 1e-2}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from shards import (
+
+from ep.checkpoint import Checkpoint
+from ep.errors import PlacementError
+from ep.placement import even_split
+from ep.shard import Shard
+from ep.transport.buffer import to_raw
+from ep.transport.handshake import Greeting
+from ep.transport.sockets import SocketTransport
+from ep.wire import Dispatch
+from tests.unit.shards import (
     KEY,
     NODE,
     NUM_EXPERTS,
@@ -22,16 +31,6 @@ from shards import (
     random_routing,
     relative_error,
 )
-
-from ep.checkpoint import Checkpoint
-from ep.errors import PlacementError
-from ep.placement import even_split
-from ep.shard import Shard
-from ep.transport.handshake import Greeting
-from ep.transport.sockets import SocketTransport
-from ep.wire import Dispatch
-
-DEADLINE = time.monotonic() + 600
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -72,15 +71,16 @@ def test_a_shard_that_the_placement_has_not_is_refused() -> None:
 def test_requests_that_wait_for_one_layer_are_computed_together(tmp_path: Path) -> None:
     shard = even_shard(0, 1, torch.bfloat16, SlowShard)
     endpoint = shard.listen(KEY, NODE, unix_dir=tmp_path / "s")
-    spec = shard.spec
+    spec, deadline = shard.spec, time.monotonic() + 30
     transports = [SocketTransport([endpoint], Greeting.of(spec, str(idx), 16), KEY, NODE) for idx in range(4)]
     for seq, transport in enumerate(transports):
-        views = transport.prepare(0, Dispatch(1, 0, 0, "bf16", "f32", (1,)), DEADLINE)
+        views = transport.prepare(0, Dispatch(1, 0, 0, "bf16", "f32", 1, 1), deadline)
+        views.counts[:] = 1
         views.slot_ids[:] = seq
         views.weights[:] = 1.0
-        views.rows.fill_(seq + 1)
+        views.rows[:] = to_raw(torch.full((1, 64), seq + 1.0), "bf16")
         transport.dispatch(0)
-    found = [transport.receive(DEADLINE).rows.clone() for transport in transports]
+    found = [transport.receive(deadline).rows.clone() for transport in transports]
     for seq, rows in enumerate(found):
         alone = shard.forward(0, torch.full((1, 64), seq + 1.0).bfloat16(), torch.tensor([[seq]]), torch.ones(1, 1))
         assert torch.equal(rows, alone)
@@ -127,7 +127,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from shards import NUM_EXPERTS, NUM_LAYERS, make_spec
+from tests.unit.shards import NUM_EXPERTS, NUM_LAYERS, make_spec
 from ep.checkpoint import SlotWeights
 from ep.kernels import cpu_moe
 from ep.placement import even_split
@@ -153,6 +153,6 @@ print((memory("VmHWM") - before) * 1024 / shard.stats().slot_bytes)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_making_a_shard_takes_its_slots_and_little_more() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(Path(__file__).parent)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, str(Path(__file__).parents[2])], capture_output=True, text=True, check=True
     )
     assert 0.9 < float(done.stdout) < 1.25

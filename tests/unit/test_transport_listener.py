@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import KEY, NODE, even_shard, expected, make_experts, make_spec, random_routing, relative_error
 
 from ep.errors import OptionError
 from ep.placement import even_split
@@ -29,6 +28,7 @@ from ep.transport.handshake import Greeting
 from ep.transport.listener import HANDSHAKE_S
 from ep.transport.sockets import SocketTransport
 from ep.wire import BLOCK_BYTES, MAGIC, MAX_HEADER_BYTES, PREFIX, Dispatch, Ping, Welcome, dispatch_layout, encode
+from tests.unit.shards import KEY, NODE, even_shard, expected, make_experts, make_spec, random_routing, relative_error
 
 SPEC = make_spec()
 GREETING = Greeting.of(SPEC, "router-0", 16)
@@ -136,9 +136,9 @@ def dispatch_block(message: Dispatch, payload_bytes: int | None = None) -> bytes
 BROKEN = {
     "oversized header": PREFIX.pack(MAGIC, MAX_HEADER_BYTES + 1, 0).ljust(BLOCK_BYTES, b"\0"),
     "oversized payload": PREFIX.pack(MAGIC, 3, 1 << 40).ljust(BLOCK_BYTES, b"\0"),
-    "too many tokens": dispatch_block(Dispatch(1, 0, 0, "bf16", "f32", (17,))),
-    "too many slots": dispatch_block(Dispatch(1, 0, 0, "bf16", "f32", (1,) * (SPEC.top_k + 1))),
-    "other length": dispatch_block(Dispatch(1, 0, 0, "bf16", "f32", (4,)), payload_bytes=0),
+    "too many tokens": dispatch_block(Dispatch(1, 0, 0, "bf16", "f32", 17, 17)),
+    "too many slots": dispatch_block(Dispatch(1, 0, 0, "bf16", "f32", 16, 16 * SPEC.top_k + 1)),
+    "other length": dispatch_block(Dispatch(1, 0, 0, "bf16", "f32", 4, 4), payload_bytes=0),
     "no request": encode(Welcome(1, 0, 0, 1)),
     "ping with a payload": encode(Ping(1), 64),
 }

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import KEY, NODE, HungShard, ShardProcess, SlowShard, even_shard, make_spec, random_routing
 
 from ep.errors import DeadlineError, ShardFailedError, ShardLostError, TransportError
 from ep.placement import even_split
@@ -22,6 +21,7 @@ from ep.transport.base import Endpoint
 from ep.transport.handshake import Greeting
 from ep.transport.sockets import SocketTransport
 from ep.wire import Dispatch
+from tests.unit.shards import KEY, NODE, HungShard, ShardProcess, SlowShard, even_shard, make_spec, random_routing
 
 SPEC = make_spec()
 PLACEMENT = even_split(SPEC.num_moe_layers, SPEC.num_experts, 2)
@@ -154,14 +154,16 @@ def test_ping_is_a_round_trip_without_tensors(start: Start, node: str) -> None:
 def test_a_request_that_the_shard_refuses_names_it_and_leaves_the_link_sound(start: Start, node: str) -> None:
     transport = connect([start(0, Shard)], node)
     for message, reason in (
-        (Dispatch(1, 0, 9, "bf16", "f32", (1,)), "MoE layer is 9"),
-        (Dispatch(2, 5, 0, "bf16", "f32", (1,)), "generation is 5"),
-        (Dispatch(3, 0, 0, "bf16", "f32", (1,)), "slot is out of range"),
+        (Dispatch(1, 0, 9, "bf16", "f32", 1, 1), "MoE layer is 9"),
+        (Dispatch(2, 5, 0, "bf16", "f32", 1, 1), "generation is 5"),
+        (Dispatch(3, 0, 0, "bf16", "f32", 1, 1), "slot is out of range"),
+        (Dispatch(4, 0, 0, "bf16", "f32", 1, 2), "counts are not those"),
     ):
         views = transport.prepare(0, message, time.monotonic() + 5)
+        views.counts[:] = 1
         views.slot_ids[:] = -1 if "slot" in reason else 0
         views.weights[:] = 1
-        views.rows.zero_()
+        views.rows[:] = 0
         transport.dispatch(0)
         with pytest.raises(ShardFailedError, match=f"shard 0.*{reason}"):
             transport.receive(time.monotonic() + 5)

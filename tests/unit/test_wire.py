@@ -10,21 +10,18 @@ from ep.errors import WireError
 
 uints = st.integers(0, 2**63 - 1)
 texts = st.text(max_size=40)
-columns = st.lists(st.integers(1, 2**40), min_size=1, max_size=wire.MAX_COLUMNS).map(
-    lambda sizes: tuple(sorted(sizes, reverse=True))
+dispatches = st.builds(
+    lambda head, dtype, back, tokens, more: wire.Dispatch(*head, dtype, back, tokens, tokens + more),
+    st.tuples(uints, uints, uints),
+    st.sampled_from(list(wire.ROW_BYTES)),
+    st.sampled_from(["bf16", "f32"]),
+    st.integers(1, 2**40),
+    st.integers(0, 2**40),
 )
 messages = st.one_of(
     st.builds(wire.Hello, uints, texts, texts, st.sampled_from(["shm", "stream"]), uints, uints, uints),
     st.builds(wire.Welcome, uints, uints, uints, uints),
-    st.builds(
-        wire.Dispatch,
-        uints,
-        uints,
-        uints,
-        st.sampled_from(list(wire.ROW_BYTES)),
-        st.sampled_from(["bf16", "f32"]),
-        columns,
-    ),
+    dispatches,
     st.builds(wire.Combine, uints, st.sampled_from(["bf16", "f32"]), st.integers(1, 2**40), uints),
     st.builds(wire.Failure, uints, st.text().map(wire.shorten)),
     st.builds(wire.Ping, uints),
@@ -39,9 +36,14 @@ def test_what_was_encoded_comes_back(message: wire.Message, payload_bytes: int) 
     assert wire.decode(block, payload_bytes) == wire.Frame(message, payload_bytes)
 
 
-def test_the_largest_dispatch_fits_its_block() -> None:
-    big = wire.Dispatch(2**63 - 1, 2**63 - 1, 2**63 - 1, "bf16", "bf16", (2**63 - 1,) * wire.MAX_COLUMNS)
-    assert wire.decode(wire.encode(big)).message == big
+def test_the_largest_messages_fit_their_block() -> None:
+    most, text = 2**63 - 1, "x" * wire.MAX_TEXT_BYTES
+    for message in (
+        wire.Dispatch(most, most, most, "bf16", "bf16", most, most),
+        wire.Hello(most, text, "f" * 32, "stream", most, most, most),
+        wire.Failure(most, text),
+    ):
+        assert wire.decode(wire.encode(message)).message == message
 
 
 @given(messages, uints)
@@ -92,14 +94,12 @@ def block_of(values: object) -> bytes:
         [6, 2**63],
         [5, 1, b"bytes"],
         [5, 1, "x" * 300],
-        [3, 1, 0, 0, "bf16", "bf16", []],
-        [3, 1, 0, 0, "bf16", "bf16", [1, 2]],
-        [3, 1, 0, 0, "bf16", "bf16", [2, 0]],
-        [3, 1, 0, 0, "bf16", "bf16", [2, -1]],
-        [3, 1, 0, 0, "bf16", "bf16", [2, "1"]],
-        [3, 1, 0, 0, "bf16", "fp8", [2]],
-        [3, 1, 0, 0, "f16", "bf16", [2]],
-        [3, 1, 0, 0, "bf16", "bf16", [1] * (wire.MAX_COLUMNS + 1)],
+        [3, 1, 0, 0, "bf16", "bf16", 0, 0],
+        [3, 1, 0, 0, "bf16", "bf16", 2, 1],
+        [3, 1, 0, 0, "bf16", "bf16", 2, [2]],
+        [3, 1, 0, 0, "bf16", "fp8", 1, 1],
+        [3, 1, 0, 0, "f16", "bf16", 1, 1],
+        [3, *range(20)],
         [4, 1, "bf16", 0, 0],
         [4, 1, "fp8", 1, 0],
     ],
@@ -124,16 +124,15 @@ def test_shorten_fits_and_keeps_short_texts(text: str) -> None:
     assert wire.decode(wire.encode(wire.Failure(1, short))).message == wire.Failure(1, short)
 
 
-@given(
-    st.integers(1, 4096), st.integers(1, wire.MAX_COLUMNS), st.integers(1, 8192), st.sampled_from(list(wire.ROW_BYTES))
-)
-def test_parts_of_a_payload_do_not_overlap_and_fit(num_tokens: int, num_columns: int, hidden: int, dtype: str) -> None:
-    num_pairs = num_tokens * num_columns
+@given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 8192), st.sampled_from(list(wire.ROW_BYTES)))
+def test_parts_of_a_payload_do_not_overlap_and_fit(num_tokens: int, top_k: int, hidden: int, dtype: str) -> None:
+    num_pairs = num_tokens * top_k
     layout = wire.dispatch_layout(num_tokens, num_pairs, hidden, dtype)
     scale_bytes = 4 * num_tokens * wire.num_scales(hidden) if dtype == "fp8" else 0
+    assert layout.counts + 4 * num_tokens <= layout.slot_ids
     assert layout.slot_ids + 4 * num_pairs <= layout.weights
     assert layout.weights + 4 * num_pairs <= layout.scales
     assert layout.scales + scale_bytes <= layout.rows
     assert layout.rows + num_tokens * hidden * wire.ROW_BYTES[dtype] == layout.total
-    assert not any(start % wire.ALIGN for start in (layout.weights, layout.scales, layout.rows))
-    assert layout.total <= wire.max_dispatch_bytes(num_tokens, num_columns, hidden)
+    assert not any(start % wire.ALIGN for start in (layout.slot_ids, layout.weights, layout.scales, layout.rows))
+    assert layout.total <= wire.max_dispatch_bytes(num_tokens, top_k, hidden)
