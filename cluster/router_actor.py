@@ -51,6 +51,7 @@ class RouterActor:
         restore_priority()
         self._setup = setup
         self._router: Any = None
+        self._transport: Any = None
         self._worker: Any = None
         self._steps: StepQueue | None = None
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -83,7 +84,10 @@ class RouterActor:
         """Counters of the router's data plane."""
         status: dict[str, Any] = {"rank": self._setup.rank, "pid": os.getpid()}
         if self._router is not None:
-            status["links"] = [link.to_dict() for link in self._router.stats()]
+            status["links"] = [
+                link.to_dict() | {"way": self._transport.describe(shard_idx)}
+                for shard_idx, link in enumerate(self._router.stats())
+            ]
             status["recoveries"] = [asdict(recovery) for recovery in self._router.recoveries]
         return status
 
@@ -158,13 +162,13 @@ class RouterActor:
             max_tokens=min(max_tokens, MAX_DISPATCH_TOKENS),
             top_k=spec.top_k,
         )
-        transport = SocketTransport(
+        self._transport = SocketTransport(
             membership.endpoints(), greeting, setup.key, node_id=ray.get_runtime_context().get_node_id()
         )
         return Router(
             spec,
             Placement.from_dict(setup.placement),
-            transport,
+            self._transport,
             dispatch_dtype=setup.dispatch_dtype,
             deadline_s=setup.deadline_s,
             on_shard_lost=membership.replace,

@@ -77,9 +77,8 @@ def test_metrics_and_status(server: Served) -> None:
     status = server.status()
     assert status["model"] == MODEL and status["generation"] == 0
     assert [shard["state"] for shard in status["shards"]] == ["up", "up"]
-    assert all(
-        shard["num_slots"] == 128 and shard["tokens"] > 0 and shard["compute_reason"] for shard in status["shards"]
-    )
+    assert all(shard["num_slots"] == 128 and shard["tokens"] > 0 for shard in status["shards"])
+    assert all("cpu_fused_moe" in shard["compute_reason"] for shard in status["shards"])
     (router,) = status["routers"]
     assert router["phase"] == "serving" and all(link["tokens"] > 0 for link in router["links"])
     table = run_ep("status", environment=server.environment)
