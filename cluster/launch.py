@@ -45,6 +45,11 @@ class LaunchOptions:
     router_gpus: float = 0.0
     router_environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def num_shard_actors(self) -> int:
+        """With the local transport the shards are objects in the router's process."""
+        return 0 if self.transport == "local" else self.placement.num_shards
+
 
 class Launch:
     """One running instance; `close` ends its actors and leaves the Ray cluster as it was."""
@@ -64,10 +69,10 @@ class Launch:
         on_wait is told what is missing while resources are waited for. Raises ClusterError when they do not come.
         """
         options = self.options
-        num_shards = options.placement.num_shards
-        bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
-        self._group = placement_group([bundle] * num_shards, strategy="SPREAD")
-        self._wait_for_resources(bundle, on_wait)
+        if options.num_shard_actors:
+            bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
+            self._group = placement_group([bundle] * options.num_shard_actors, strategy="SPREAD")
+            self._wait_for_resources(bundle, on_wait)
         here = NodeAffinitySchedulingStrategy(self.session.node_id, soft=False)
         self._coordinator = (
             ray.remote(Coordinator)
@@ -84,7 +89,7 @@ class Launch:
                     model=options.model,
                     checkpoint=options.checkpoint,
                     placement=options.placement.to_dict(),
-                    num_shards=num_shards,
+                    num_shards=options.num_shard_actors,
                     num_threads=options.shard_threads,
                     num_cpus=options.shard_cpus,
                     num_gpus=options.shard_gpus,

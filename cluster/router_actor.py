@@ -10,18 +10,18 @@ import os
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ep.cluster.session import restore_priority
 from ep.cluster.step_queue import StepQueue
 from ep.link import NAMESPACE, Link
 
+if TYPE_CHECKING:
+    from ep.cluster.data_plane import DataPlane
+
 FAILED = "failed: "
 """How the phase of a router starts that could not."""
-
-MAX_DISPATCH_TOKENS = 2048
-"""Larger batches go out in parts: the buffers of every link are sized for this many."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class RouterActor:
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
         restore_priority()
         self._setup = setup
-        self._router: Any = None
-        self._transport: Any = None
+        self._data_plane: DataPlane | None = None
         self._worker: Any = None
         self._steps: StepQueue | None = None
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -82,14 +81,8 @@ class RouterActor:
 
     def status(self) -> dict[str, Any]:
         """Counters of the router's data plane."""
-        status: dict[str, Any] = {"rank": self._setup.rank, "pid": os.getpid()}
-        if self._router is not None:
-            status["links"] = [
-                link.to_dict() | {"way": self._transport.describe(shard_idx)}
-                for shard_idx, link in enumerate(self._router.stats())
-            ]
-            status["recoveries"] = [asdict(recovery) for recovery in self._router.recoveries]
-        return status
+        base = {"rank": self._setup.rank, "pid": os.getpid()}
+        return base | (self._data_plane.status() if self._data_plane is not None else {})
 
     def _call(self, job: Any) -> Any:
         future: Future = Future()
@@ -112,13 +105,14 @@ class RouterActor:
     def _start(self, vllm_config: Any, init_method: str) -> None:
         from vllm.plugins import load_general_plugins
 
+        from ep.cluster.data_plane import open_data_plane
         from ep.cluster.worker import RouterWorker
         from ep.engine.ops import bind_router
 
         load_general_plugins()
         self._phase("waiting for the shards")
-        self._router = self._connect(vllm_config.scheduler_config.max_num_batched_tokens)
-        bind_router(self._router)
+        self._data_plane = open_data_plane(self._setup, vllm_config.scheduler_config.max_num_batched_tokens)
+        bind_router(self._data_plane.router)
         self._phase("loading attention weights")
         rank = self._setup.rank
         assert self._steps is not None, "connect comes before start"
@@ -137,42 +131,8 @@ class RouterActor:
         try:
             self._worker.serve()
         finally:
-            self._router.close()
-
-    def _connect(self, max_tokens: int) -> Any:
-        import ray
-
-        from ep.checkpoint import Checkpoint
-        from ep.cluster.membership import Membership
-        from ep.placement import Placement
-        from ep.router import Router
-        from ep.transport.base import spec_fingerprint
-        from ep.transport.handshake import Greeting
-        from ep.transport.sockets import SocketTransport
-
-        setup = self._setup
-        membership = Membership(
-            ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE), setup.deadline_s, setup.start_timeout_s
-        )
-        spec = Checkpoint(setup.checkpoint).spec
-        greeting = Greeting(
-            router_id=setup.link.router_name(setup.rank),
-            fingerprint=spec_fingerprint(spec),
-            hidden_size=spec.hidden_size,
-            max_tokens=min(max_tokens, MAX_DISPATCH_TOKENS),
-            top_k=spec.top_k,
-        )
-        self._transport = SocketTransport(
-            membership.endpoints(), greeting, setup.key, node_id=ray.get_runtime_context().get_node_id()
-        )
-        return Router(
-            spec,
-            Placement.from_dict(setup.placement),
-            self._transport,
-            dispatch_dtype=setup.dispatch_dtype,
-            deadline_s=setup.deadline_s,
-            on_shard_lost=membership.replace,
-        )
+            assert self._data_plane is not None
+            self._data_plane.router.close()
 
     def _phase(self, phase: str) -> None:
         import ray
