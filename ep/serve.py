@@ -225,6 +225,8 @@ def _check_supported(args: Any, cpu: bool) -> None:
 
 def _show_loading(launch: Launch, terminal: Terminal) -> None:
     """A bar over all experts of all shards, until every shard is up or one failed."""
+    if not launch.options.num_shard_actors:
+        return
     with terminal.progress(f"loading experts into {launch.options.placement.num_shards} shards") as (bar, task):
         while True:
             shards = launch.progress()["shards"]
