@@ -78,7 +78,7 @@ class Shard:
         self.shard_idx = shard_idx
         self._scratch = cpu_moe.Scratch()
         self._layers: list[cpu_moe.PackedExperts] = []
-        path: cpu_moe.Path_ = "sorted_torch"
+        path: cpu_moe.ComputePath = "sorted_torch"
         for weights in layers:
             if not self._layers:
                 supported, self.compute_reason = cpu_moe.supports(

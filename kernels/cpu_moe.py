@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-Path_ = Literal["fused", "sorted_torch"]
+ComputePath = Literal["fused", "sorted_torch"]
 ALIGNMENT = 32
 """H and N must be multiples of this for the op's tiles."""
 
@@ -53,7 +53,7 @@ class PackedExperts:
 
     w13: torch.Tensor
     w2: torch.Tensor
-    path: Path_
+    path: ComputePath
     scratch: Scratch = field(repr=False)
 
 
@@ -83,7 +83,7 @@ def supports(dtype: torch.dtype, hidden_size: int, moe_intermediate_size: int) -
     return not reason, reason or f"vLLM's C++ op cpu_fused_moe ({_isa()})"
 
 
-def pack(w13: torch.Tensor, w2: torch.Tensor, path: Path_, scratch: Scratch | None = None) -> PackedExperts:
+def pack(w13: torch.Tensor, w2: torch.Tensor, path: ComputePath, scratch: Scratch | None = None) -> PackedExperts:
     """Reorders w13 [E, 2N, H] and w2 [E, H, N] in place, slot by slot: no second copy of a layer is ever held."""
     if path == "fused":
         for weights in (w13, w2):

@@ -27,7 +27,7 @@ def make_weights(dtype: torch.dtype, seed: int = 0) -> Experts:
 WEIGHTS = {dtype: make_weights(dtype) for dtype in (torch.bfloat16, torch.float32)}
 
 
-def packed(dtype: torch.dtype, path: cpu_moe.Path_) -> cpu_moe.PackedExperts:
+def packed(dtype: torch.dtype, path: cpu_moe.ComputePath) -> cpu_moe.PackedExperts:
     return cpu_moe.pack(WEIGHTS[dtype].w13.clone(), WEIGHTS[dtype].w2.clone(), path)
 
 
@@ -74,7 +74,12 @@ CASES = [
 @given(counts=counts_lists, seed=st.integers(0, 2**32))
 @settings(max_examples=25)
 def test_equals_reference(
-    dtype: torch.dtype, path: cpu_moe.Path_, bound: float, out_dtype: torch.dtype | None, counts: list[int], seed: int
+    dtype: torch.dtype,
+    path: cpu_moe.ComputePath,
+    bound: float,
+    out_dtype: torch.dtype | None,
+    counts: list[int],
+    seed: int,
 ) -> None:
     job, wanted = make_job(dtype, counts, seed, out_dtype or dtype)
     cpu_moe.moe(packed(dtype, path), [job])
@@ -103,7 +108,7 @@ def test_uniform_jobs_have_the_bits_of_vllms_call(num_tokens: int, num_slots: in
 @given(batches=st.lists(counts_lists, min_size=2, max_size=4), seed=st.integers(0, 2**32))
 @settings(max_examples=25)
 def test_jobs_that_come_together_have_the_bits_they_have_alone(
-    dtype: torch.dtype, path: cpu_moe.Path_, bound: float, batches: list[list[int]], seed: int
+    dtype: torch.dtype, path: cpu_moe.ComputePath, bound: float, batches: list[list[int]], seed: int
 ) -> None:
     experts = packed(dtype, path)
     alone = [make_job(dtype, counts, seed + idx)[0] for idx, counts in enumerate(batches)]
