@@ -64,15 +64,15 @@ class Character:
     attention_out: float = 1.2
     dense_out: float = 0.5
     gate_logit: float = 1.0
-    popularity: float = 0.03
+    popularity: float = 0.047
     key: float = 4.0
     key_noise: float = 0.1
     num_voters: float = 3.5
-    num_rungs: int = 4
-    rung_ratio: float = 2.5
+    num_rungs: int = 3
+    rung_ratio: float = 4.0
     rung_odds: float = 0.4
-    gain: float = 0.05
-    shared_gain: float = 0.005
+    gain: float = 0.1
+    shared_gain: float = 0.015
     leak: float = 0.05
     logit_scale: float = 100.0
     logit_offset: float = 6.0
@@ -80,7 +80,7 @@ class Character:
 
 CHARACTERS = {
     "deepseek_v3": Character(),
-    "mixtral": Character(gate_logit=0.5, popularity=0.3, gain=0.015),
+    "mixtral": Character(gate_logit=0.5, popularity=0.45, gain=0.03),
 }
 
 

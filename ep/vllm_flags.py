@@ -30,7 +30,7 @@ _SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
 def vllm_flags(
     target: Target, host: str, port: int, api_key: str | None, from_user: Sequence[str], cpu: bool
 ) -> list[str]:
-    """cpu: whether the installed vLLM computes on the CPU. Raises OptionError for a flag that is not the user's to set."""
+    """cpu: whether the installed vLLM computes on the CPU. Raises OptionError for a flag that is not the user's."""
     taken = [flag for flag in from_user if flag.partition("=")[0].replace("_", "-") in _OURS]
     if taken:
         raise OptionError(f"vLLM flags after `--`: {taken[0]} is set by ep serve itself")
