@@ -64,23 +64,23 @@ class Character:
     attention_out: float = 1.2
     dense_out: float = 0.5
     gate_logit: float = 1.0
-    popularity: float = 0.047
+    popularity: float = 0.056
     key: float = 4.0
     key_noise: float = 0.1
-    num_voters: float = 3.5
+    num_voters: float = 3.0
     num_rungs: int = 3
-    rung_ratio: float = 4.0
-    rung_odds: float = 0.4
-    gain: float = 0.1
-    shared_gain: float = 0.015
+    rung_ratio: float = 5.5
+    rung_odds: float = 0.35
+    gain: float = 0.05
+    faint: float = 0.5
     leak: float = 0.05
-    logit_scale: float = 100.0
+    logit_scale: float = 180.0
     logit_offset: float = 6.0
 
 
 CHARACTERS = {
     "deepseek_v3": Character(),
-    "mixtral": Character(gate_logit=0.5, popularity=0.45, gain=0.03),
+    "mixtral": Character(gate_logit=0.5, popularity=0.4, gain=0.015, logit_scale=120.0),
 }
 
 
@@ -169,14 +169,16 @@ class Weights:
             yield from self._dense(f"{prefix}.mlp")
             return
         yield from self._gate(layer_idx)
+        character = self.character
+        num_choices = spec.top_k * spec.num_moe_layers
+        faint = character.gain * character.faint / num_choices
         if spec.num_shared_experts:
             names = [f"{prefix}.mlp.shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down")]
-            inter = spec.moe_intermediate_size * spec.num_shared_experts
-            yield from self._expert(names, inter, self.character.shared_gain, 1.0)
+            yield from self._expert(names, spec.moe_intermediate_size * spec.num_shared_experts, faint, odds=0.0)
+        odds = min(1.0, character.num_voters / num_choices)
         for expert_idx in range(spec.num_experts):
             names = [tensor.name for tensor in spec.expert_tensors(layer_idx, expert_idx)]
-            odds = min(1.0, self.character.num_voters / (spec.top_k * spec.num_moe_layers))
-            yield from self._expert(names, spec.moe_intermediate_size, self.character.gain, odds)
+            yield from self._expert(names, spec.moe_intermediate_size, faint, odds)
 
     def popularity_ranks(self, layer_idx: int) -> Int64Array:
         """int64 [E]: 0 for the expert of a MoE layer that is made the most popular."""
@@ -240,12 +242,12 @@ class Weights:
             yield gate.weight.name, weight
             yield gate.bias.name, skew
 
-    def _expert(self, names: list[str], inter: int, gain: float, odds: float) -> Iterator[tuple[str, Float32Array]]:
+    def _expert(self, names: list[str], inter: int, faint: float, odds: float) -> Iterator[tuple[str, Float32Array]]:
         """names of gate [N, H], up [N, H] and down [H, N]; unit i of the N is keyed to class i mod C."""
         gate, up, down = names
         yield gate, self._keys(gate, inter, self.character.key)
         yield up, self._keys(up, inter, 1.0)
-        yield down, self._votes(down, inter, gain, odds)
+        yield down, self._votes(down, inter, faint, odds)
 
     def _keys(self, name: str, rows: int, std: float) -> Float32Array:
         """[rows, H]: `std` for an input of the row's class, noise otherwise."""
@@ -255,17 +257,17 @@ class Weights:
         keys[:, self._class_coords] += self._class_codes[classes] * np.float32(std / self.num_classes)
         return keys
 
-    def _votes(self, name: str, cols: int, gain: float, odds: float) -> Float32Array:
-        """[H, cols]: a column votes for one token with its rung's gain, by a chance of `odds`, or is silent."""
+    def _votes(self, name: str, cols: int, faint: float, odds: float) -> Float32Array:
+        """[H, cols]: each column votes for one token: by a chance of `odds` with its rung's gain, else with `faint`."""
         character = self.character
-        chance = (self._bits(f"{name}/rungs", self.num_classes) + 0.5) / 65536 / odds
-        rungs = np.minimum(np.log(chance) / math.log(character.rung_odds), character.num_rungs - 1)
-        rungs = np.floor(rungs).astype(np.int64) if odds < 1 else np.zeros(self.num_classes, np.int64)
-        gains = np.where(rungs < 0, 0.0, gain * character.rung_ratio**rungs)
+        chance = (self._bits(f"{name}/rungs", self.num_classes) + 0.5) / 65536
+        rungs = np.minimum(np.log(chance) / math.log(character.rung_odds), character.num_rungs - 1).astype(np.int64)
+        loud = self._bits(f"{name}/loud", self.num_classes) < 65536 * odds
+        gains = np.where(loud, character.gain * character.rung_ratio**rungs, faint)
         classes = np.arange(cols) % self.num_classes
-        tokens = self._token_of_vote[classes, rungs[classes]]
+        tokens = self._token_of_vote[classes, np.where(loud, rungs, 0)[classes]]
         votes = np.zeros((self.spec.hidden_size, cols), np.float32)
-        votes[self._vote_coords] = self._inner(name, len(self._vote_coords), cols, gain * character.leak)
+        votes[self._vote_coords] = self._inner(name, len(self._vote_coords), cols, character.gain * character.leak)
         votes[self._vote_coords] += (self._vote_codes[tokens] * gains[classes, None]).T
         return votes
 
