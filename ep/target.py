@@ -8,7 +8,8 @@ from pathlib import Path
 from ep.checkpoint import Checkpoint
 from ep.devices import count_gpus
 from ep.errors import OptionError
-from ep.model import ModelSpec, load_preset
+from ep.model import ModelSpec
+from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from ep.terminal import Terminal
 
