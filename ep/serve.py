@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -31,7 +32,7 @@ class ServeOptions:
 
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
     "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included.
+    restart of a lost shard included. check: end as soon as a first token has come back.
     """
 
     model: str
@@ -49,6 +50,7 @@ class ServeOptions:
     shard_threads: int = 1
     router_threads: int = 1
     api_key: str | None = None
+    check: bool = False
     verbose: bool = False
     vllm_flags: tuple[str, ...] = ()
 
@@ -88,7 +90,11 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     from ep.cluster.launch import Launch, LaunchOptions
 
     terminal.say("starting: Ray and vLLM")
-    address = options.address or ("auto" if sessions.find_running() else "local")
+    address = options.address
+    if address in (None, "auto"):
+        address = sessions.find_started()
+        if address is None and options.address == "auto":
+            raise OptionError("--address auto: `ray start` has made no cluster on this machine")
     needed = int(placement.num_shards * options.shard_cpus + 0.999)
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
@@ -167,6 +173,21 @@ def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: 
     terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")
+    if options.check:
+        _first_token(base, options)
+        terminal.say("first token")
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _first_token(base: str, options: ServeOptions) -> None:
+    """Ask the server for one token."""
+    body = {"model": options.model, "prompt": "Hello", "max_tokens": 1}
+    headers = {"Content-Type": "application/json"}
+    if options.api_key is not None:
+        headers["Authorization"] = f"Bearer {options.api_key}"
+    request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=options.deadline_s) as response:
+        response.read()
 
 
 def _root_cause(launch: Launch, error: Exception) -> str:
@@ -192,7 +213,8 @@ def _router_environment() -> dict[str, str]:
     """What a router's process must share with this one; a joined cluster's workers have `ray start`'s environment."""
     prefixes = ("VLLM_", "HF_", "TORCHINDUCTOR_", "TRANSFORMERS_")
     shared = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | shared
+    # vLLM 0.32 cannot load back what it compiled ahead of time on CPU; torch's own cache serves later starts instead.
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_AOT_COMPILE": "0"} | shared
 
 
 def _import_server() -> Any:
