@@ -125,7 +125,7 @@ def test_from_path(tmp_path: Path) -> None:
     assert spec == ModelSpec.from_config(config, "elsewhere")
     assert spec.source == str(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="config.json: not JSON"):
+    with pytest.raises(ModelError, match=r"config\.json: not JSON"):
         ModelSpec.from_path(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="list, expected an object"):
