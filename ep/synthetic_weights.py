@@ -267,10 +267,11 @@ class Weights:
     def _token_of_vote(self) -> Int64Array:
         """[C, rungs]: the token that follows a class by a rung, of another class; no two alike while tokens last."""
         num_text = vocabulary(self.spec).num_text
+        first = self.spec.vocab_size - num_text
         rungs = np.arange(self.character.num_rungs)
         steps = 1 + self._bits("steps", len(rungs)) % (self.num_classes - 1)
         classes = (np.arange(self.num_classes)[:, None] + steps) % self.num_classes
-        return self.spec.vocab_size - num_text + (classes + self.num_classes * rungs) % num_text
+        return first + ((classes - first) % self.num_classes + self.num_classes * rungs) % num_text
 
     def _bits(self, name: str, count: int) -> npt.NDArray[np.uint16]:
         """uint16 [count], uniform."""
