@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Device:
         return torch.float8_e4m3fn if int(self.arch[3:]) >= 89 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def current_device(index: int | None = None) -> Device:
     """The device that torch calls cuda:`index` (the current one by default). Raises RuntimeError where there is none."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
@@ -82,7 +82,9 @@ def identify(properties: Any, pci_id: int | None = None) -> Device:
         name = "NVIDIA_H200" if "H200" in name.split("_") else name
         shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
         return Device(name, f"sm_{properties.major}{properties.minor}", units, shared, pci_id)
-    return Device(_amd_name(properties.name, units, pci_id), arch, units, (160 if arch == "gfx950" else 64) << 10, pci_id)
+    return Device(
+        _amd_name(properties.name, units, pci_id), arch, units, (160 if arch == "gfx950" else 64) << 10, pci_id
+    )
 
 
 def read_pci_id(properties: Any, root: Path = Path("/sys/bus/pci/devices")) -> int | None:

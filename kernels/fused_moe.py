@@ -128,7 +128,8 @@ class Workspace:
             row_scales=scales(shape.hidden),
             inter=torch.empty(rows, shape.intermediate, dtype=shape.dtype, device=device),
             inter_scales=scales(shape.intermediate),
-            parts=torch.empty(assignments if top_k > 1 else 0, shape.hidden, dtype=torch.bfloat16, device=device),
+            # Not bfloat16: rounded twice, a sum would be further off than its own rounding.
+            parts=torch.empty(assignments if top_k > 1 else 0, shape.hidden, dtype=torch.float32, device=device),
             row_assignment=ints(rows),
             position=ints(assignments),
             counts=ints(permute.count_chunks(assignments), shape.num_slots),

@@ -7,7 +7,7 @@ stage), so the rest follows by rule from the tile, the shape and the device. The
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 
 from ep.kernels.devices import Device
@@ -70,7 +70,7 @@ def plan_gemm(
     return replace(plan, stages=max(1, min(plan.stages, (device.shared_bytes - EPILOGUE_BYTES) // stage_bytes)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_gluon() -> bool:
     """Whether this Triton (3.6 or later) has the language that the Hopper body is written in."""
     return find_spec("triton.experimental.gluon.nvidia.hopper") is not None

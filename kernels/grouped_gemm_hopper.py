@@ -211,15 +211,26 @@ def _store_tile(
         assignment = gl.load(row_assignment_ptr + row, mask=row < row_end, other=0)
         row_weight = gl.load(topk_weights_ptr + assignment, mask=row < row_end, other=0.0)
         row_weight = gl.expand_dims(row_weight, COLUMN_DIM)
-        y0 = (acc0 * row_weight).to(out_ptr.dtype.element_ty)
-        y1 = (acc1 * row_weight).to(out_ptr.dtype.element_ty)
-        if SWAP:
-            y0 = gl.permute(y0, (1, 0))
-            y1 = gl.permute(y1, (1, 0))
-        store_assignment = gl.load(row_assignment_ptr + store_row, mask=store_row < row_end, other=0)
-        target = out_ptr + store_assignment.to(gl.int64)[:, None] * OUT_COLUMNS + columns
-        gl.store(target, gl.convert_layout(y0, store_layout), mask=mask)
-        gl.store(target + SECOND, gl.convert_layout(y1, store_layout), mask=mask)
+        y0 = acc0 * row_weight
+        y1 = acc1 * row_weight
+        if out_ptr.dtype.element_ty == gl.float32:
+            # Eight neighbouring lanes' or one quad's values fill a memory sector as they lie.
+            n_layout: gl.constexpr = gl.SliceLayout(1 - COLUMN_DIM, row_layout.parent)
+            n = gl.expand_dims(column + gl.arange(0, 128, n_layout), 1 - COLUMN_DIM)
+            target = out_ptr + gl.expand_dims(assignment.to(gl.int64) * OUT_COLUMNS, COLUMN_DIM) + n
+            valid = gl.expand_dims(row < row_end, COLUMN_DIM)
+            gl.store(target, y0, mask=valid)
+            gl.store(target + SECOND, y1, mask=valid)
+        else:
+            y0 = y0.to(out_ptr.dtype.element_ty)
+            y1 = y1.to(out_ptr.dtype.element_ty)
+            if SWAP:
+                y0 = gl.permute(y0, (1, 0))
+                y1 = gl.permute(y1, (1, 0))
+            store_assignment = gl.load(row_assignment_ptr + store_row, mask=store_row < row_end, other=0)
+            target = out_ptr + store_assignment.to(gl.int64)[:, None] * OUT_COLUMNS + columns
+            gl.store(target, gl.convert_layout(y0, store_layout), mask=mask)
+            gl.store(target + SECOND, gl.convert_layout(y1, store_layout), mask=mask)
 
 
 @gluon.jit(do_not_specialize=["num_slots", "group_m"])

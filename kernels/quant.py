@@ -79,7 +79,7 @@ def quantize_block(x, FP8_MAX: tl.constexpr, MIN_AMAX: tl.constexpr):
     """[R, 128] float32 -> ([R, 128] float32 to be cast to e4m3 without overflow, [R] scales).
 
     x / scale is rounded correctly, so that every backend and the torch twin choose the same code: a multiplication by
-    the inverse and one Newton correction (Markstein), at half the cost of a division.
+    the inverse and one Newton correction (Markstein), at half the cost of a division. Of -0 it makes +0.
     """
     amax = tl.maximum(tl.max(tl.abs(x), axis=1), MIN_AMAX)
     scale = tl.div_rn(amax, tl.full(amax.shape, FP8_MAX, tl.float32))

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,13 @@ def default_config(rows_per_slot: float, device: Device, quantized: bool = True)
     block_k = 128 if quantized else 64
     group_m = 4 if block_m >= 64 else 1
     if device.is_amd:
-        warps = 8 if block_m == 128 else 4
+        warps = 8 if block_m >= 64 else 4
         return TileConfig(block_m, 128, block_k, group_m, warps, 2, waves_per_eu=0, matrix_instr_nonkdim=16, kpack=2)
     stages = {16: 6, 32: 6, 64: 3, 128: 4}[block_m] if device.is_hopper else 3
     return TileConfig(block_m, 128, block_k, group_m, 8 if block_m == 128 else 4, stages)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _find_table(
     num_slots: int, intermediate: int, device: Device, quantized: bool, folders: tuple[Path, ...]
 ) -> TunedTable:
