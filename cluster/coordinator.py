@@ -23,8 +23,9 @@ from ep.link import NAMESPACE, Link
 if TYPE_CHECKING:
     from ep.transport.base import Endpoint
 
-MAX_RESTARTS = 3
+MAX_FAILURES = 3
 _PING_TIMEOUT_S = 2.0
+_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Coordinator:
             if not done:
                 raise ShardLostError(shard_idx, f"{reason}; not back within {timeout_s:g} s ({shard.state})")
             if shard.state == "failed":
-                raise ShardLostError(shard_idx, f"{reason}; restarts failed: {shard.error}")
+                raise ShardLostError(shard_idx, f"{reason}; it cannot be restarted: {shard.error}")
             return self._member(shard)
 
     def set_phase(self, rank: int, phase: str) -> None:
@@ -154,36 +155,39 @@ class Coordinator:
                 ray.kill(shard.actor)
 
     def _keep_alive(self, shard: _Shard) -> None:
-        """Start the shard and start it again whenever its process ends."""
-        failures = 0
+        """Start the shard and start it again whenever its process ends.
+
+        A shard that never came up fails for good, at once if the user must mend something. One that was up is tried
+        again as long as this instance lives: what it needs may come back.
+        """
+        failures, was_up = 0, False
+        lost_at = time.monotonic()
         while not self._closing:
-            since = time.monotonic()
             try:
                 self._start(shard)
-            except UserError as error:
-                with self._changed:
-                    shard.state, shard.error, self._user_error = "failed", str(error), error
-                    self._changed.notify_all()
-                return
             except Exception as error:  # a node can vanish at any point of a start, in any of Ray's ways
                 failures += 1
+                final = not was_up and (isinstance(error, UserError) or failures >= MAX_FAILURES)
                 with self._changed:
-                    shard.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                    shard.state = "failed" if failures >= MAX_RESTARTS else "waiting"
+                    shard.error = str(error).strip().splitlines()[-1]
+                    shard.state = "failed" if final or failures >= MAX_FAILURES else "waiting"
+                    if final and isinstance(error, UserError):
+                        self._user_error = error
                     self._changed.notify_all()
-                if failures >= MAX_RESTARTS:
+                if final:
                     return
-                time.sleep(0.2 * failures)
+                time.sleep(min(_BACKOFF_S * 2**failures, _MAX_BACKOFF_S))
                 continue
-            failures = 0
-            if shard.incarnation > 1:
-                shard.restarts.append(round(time.monotonic() - since, 3))
+            if was_up:
+                shard.restarts.append(round(time.monotonic() - lost_at, 3))
+            failures, was_up = 0, True
             try:
                 ray.get(shard.actor.watch.remote())
             except RayError as error:
-                reason = str(error).strip().splitlines()[0]
+                lost_at = time.monotonic()
                 with self._changed:
-                    shard.state, shard.endpoint, shard.error = "starting", None, reason
+                    shard.state, shard.endpoint = "starting", None
+                    shard.error = str(error).strip().splitlines()[0]
                     self._changed.notify_all()
 
     def _start(self, shard: _Shard) -> None:

@@ -1,11 +1,10 @@
 """A vLLM Executor whose workers live in router actors.
 
-    EngineCore ── shared-memory queue: one message per step ──> router actor (vLLM worker)
-               <─ shared-memory queue: sampled tokens ─────────
+    EngineCore ── step queue: scheduler output ──> router actor (vLLM worker)
+               <─ step queue: sampled tokens ────
 
 Chosen with `--distributed-executor-backend ep.cluster.executor.RouterExecutor`. Ray starts and watches the routers; a
-step's messages go over vLLM's own MessageQueue. The queues block instead of spinning: on a CPU host the cycles belong
-to the shards.
+step's messages go over a StepQueue.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import weakref
 from collections import deque
 
 import ray
-import vllm.envs as envs
-from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
 
 from ep.cluster.session import connect
+from ep.cluster.step_queue import Broadcast, Rendezvous, StepQueue
 from ep.link import NAMESPACE, Link
 
 logger = init_logger(__name__)
+_CONNECT_S = 60.0
 
 
 class RouterExecutor(MultiprocExecutor):
@@ -41,27 +40,19 @@ class RouterExecutor(MultiprocExecutor):
         connect(link)
         self._get_parallel_sizes()
         self.routers = [ray.get_actor(link.router_name(rank), namespace=NAMESPACE) for rank in range(self.world_size)]
-        self.rpc_broadcast_mq = MessageQueue(
-            self.world_size,
-            self.world_size,
-            max_chunk_bytes=envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024,
-            connect_ip=link.node_ip,
-        )
-        handle = self.rpc_broadcast_mq.export_handle()
         init_method = ray.get(self.routers[0].init_method.remote())
-        replies = ray.get(
-            [
-                router.start.remote(self.vllm_config, rank, handle, init_method)
-                for rank, router in enumerate(self.routers)
-            ]
-        )
-        self.response_mqs = [MessageQueue.create_from_handle(reply, 0) for reply in replies]
-        for queue in self.response_mqs:
-            block_on_read(queue)
+        rendezvous = Rendezvous()
+        self.response_mqs: list[StepQueue] = []
+        try:
+            # One router after the other, so that the queue at place i is the router of rank i.
+            for router in self.routers:
+                ray.get(router.connect.remote(rendezvous.path))
+                self.response_mqs.append(rendezvous.accept(_CONNECT_S))
+        finally:
+            rendezvous.close()
+        self.rpc_broadcast_mq = Broadcast(self.response_mqs)
+        ray.get([router.start.remote(self.vllm_config, init_method) for router in self.routers])
         self._running = [router.run.remote() for router in self.routers]
-        self.rpc_broadcast_mq.wait_until_ready()
-        for queue in self.response_mqs:
-            queue.wait_until_ready()
         self.futures_queue: deque[FutureWrapper] = deque()
         self._post_init_executor()
         self.start_worker_monitor()
@@ -99,15 +90,6 @@ class RouterExecutor(MultiprocExecutor):
         self.shutting_down = True
         for router in getattr(self, "routers", []):
             ray.kill(router)
-        queues = [getattr(self, "rpc_broadcast_mq", None), *getattr(self, "response_mqs", [])]
-        for queue in queues:
-            if queue is not None:
-                queue.shutdown()
-        self.rpc_broadcast_mq, self.response_mqs = None, []
-
-
-def block_on_read(queue: MessageQueue) -> None:
-    """Make a queue's reader sleep until it is notified, where it would spin for a second after every message."""
-    condition = getattr(queue, "_spin_condition", None)
-    if condition is not None:
-        condition.busy_loop_s = 0
+        for queue in getattr(self, "response_mqs", []):
+            queue.shutdown()
+        self.response_mqs = []

@@ -21,6 +21,7 @@ from ep.link import NAMESPACE, Link
 from ep.placement import Placement
 
 _POLL_S = 0.25
+_SAY_AFTER_S, _SAY_EVERY_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class LaunchOptions:
     router_gpus: float = 0.0
     router_environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def num_shard_actors(self) -> int:
+        """With the local transport the shards are objects in the router's process."""
+        return 0 if self.transport == "local" else self.placement.num_shards
+
 
 class Launch:
     """One running instance; `close` ends its actors and leaves the Ray cluster as it was."""
@@ -63,10 +69,10 @@ class Launch:
         on_wait is told what is missing while resources are waited for. Raises ClusterError when they do not come.
         """
         options = self.options
-        num_shards = options.placement.num_shards
-        bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
-        self._group = placement_group([bundle] * num_shards, strategy="SPREAD")
-        self._wait_for_resources(bundle, on_wait)
+        if options.num_shard_actors:
+            bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
+            self._group = placement_group([bundle] * options.num_shard_actors, strategy="SPREAD")
+            self._wait_for_resources(bundle, on_wait)
         here = NodeAffinitySchedulingStrategy(self.session.node_id, soft=False)
         self._coordinator = (
             ray.remote(Coordinator)
@@ -83,7 +89,7 @@ class Launch:
                     model=options.model,
                     checkpoint=options.checkpoint,
                     placement=options.placement.to_dict(),
-                    num_shards=num_shards,
+                    num_shards=options.num_shard_actors,
                     num_threads=options.shard_threads,
                     num_cpus=options.shard_cpus,
                     num_gpus=options.shard_gpus,
@@ -100,6 +106,11 @@ class Launch:
             return ray.get(self._coordinator.progress.remote(), timeout=5.0)
         except ray.exceptions.GetTimeoutError:
             return {"shards": [], "routers": {}}
+
+    def set_phase(self, phase: str) -> None:
+        """What `ep status` says of the routers from now on."""
+        for rank in range(self.options.num_routers):
+            self._coordinator.set_phase.remote(rank, phase)
 
     def wait_for_shards(self) -> None:
         """Raises what kept a shard from loading: CheckpointError, ClusterError."""
@@ -153,6 +164,7 @@ class Launch:
     def _wait_for_resources(self, bundle: dict[str, float], on_wait: Callable[[str], None]) -> None:
         assert self._group is not None
         deadline = time.monotonic() + self.options.wait_s
+        quiet_until = time.monotonic() + _SAY_AFTER_S
         while not self._group.wait(_POLL_S):
             missing = self._missing(bundle)
             if time.monotonic() > deadline:
@@ -161,7 +173,9 @@ class Launch:
                 raise ClusterError(
                     f"{missing}; gave up after {self.options.wait_s:g} s: add nodes, or lower --shards or --shard-cpus"
                 )
-            on_wait(missing)
+            if time.monotonic() > quiet_until:
+                on_wait(missing)
+                quiet_until = time.monotonic() + _SAY_EVERY_S
 
     def _missing(self, bundle: dict[str, float]) -> str:
         num_shards = self.options.placement.num_shards

@@ -1,6 +1,6 @@
 """The Ray actor around a vLLM worker: attention, gating, dispatch and combine of one attention rank.
 
-Ray carries the start; steps arrive over vLLM's MessageQueue and are computed by a thread of their own, so that control
+Ray carries the start; steps arrive over a StepQueue and are computed by a thread of their own, so that control
 calls are answered while a step runs.
 """
 
@@ -10,14 +10,18 @@ import os
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ep.cluster.session import restore_priority
+from ep.cluster.step_queue import StepQueue
 from ep.link import NAMESPACE, Link
 
-MAX_DISPATCH_TOKENS = 2048
-"""Larger batches go out in parts: the buffers of every link are sized for this many."""
+if TYPE_CHECKING:
+    from ep.cluster.data_plane import DataPlane
+
+FAILED = "failed: "
+"""How the phase of a router starts that could not."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class RouterActor:
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
         restore_priority()
         self._setup = setup
-        self._router: Any = None
+        self._data_plane: DataPlane | None = None
         self._worker: Any = None
+        self._steps: StepQueue | None = None
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="router").start()
         self._jobs.put((self._import_vllm, Future()))
@@ -58,9 +63,17 @@ class RouterActor:
 
         return get_file_store_init_method()
 
-    def start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
-        """Build the router and vLLM's worker, load the weights; returns the handle of the answer queue."""
-        return self._call(lambda: self._start(vllm_config, rank, queue_handle, init_method))
+    def connect(self, path: str) -> None:
+        """Connect to the executor's rendezvous."""
+        self._steps = StepQueue.connect(path)
+
+    def start(self, vllm_config: Any, init_method: str) -> None:
+        """Build the router and vLLM's worker, load the weights."""
+        try:
+            self._call(lambda: self._start(vllm_config, init_method))
+        except Exception as error:
+            self._phase(f"{FAILED}{error}")
+            raise
 
     def run(self) -> None:
         """Serve steps until the queue is closed; its end tells the executor that this router is gone."""
@@ -68,11 +81,8 @@ class RouterActor:
 
     def status(self) -> dict[str, Any]:
         """Counters of the router's data plane."""
-        status: dict[str, Any] = {"rank": self._setup.rank, "pid": os.getpid()}
-        if self._router is not None:
-            status["links"] = [link.to_dict() for link in self._router.stats()]
-            status["recoveries"] = [asdict(recovery) for recovery in self._router.recoveries]
-        return status
+        base = {"rank": self._setup.rank, "pid": os.getpid()}
+        return base | (self._data_plane.status() if self._data_plane is not None else {})
 
     def _call(self, job: Any) -> Any:
         future: Future = Future()
@@ -92,69 +102,37 @@ class RouterActor:
         self._phase("importing vLLM")
         import vllm.v1.executor.multiproc_executor  # noqa: F401
 
-    def _start(self, vllm_config: Any, rank: int, queue_handle: Any, init_method: str) -> Any:
+    def _start(self, vllm_config: Any, init_method: str) -> None:
         from vllm.plugins import load_general_plugins
 
+        from ep.cluster.data_plane import open_data_plane
         from ep.cluster.worker import RouterWorker
         from ep.engine.ops import bind_router
 
         load_general_plugins()
         self._phase("waiting for the shards")
-        self._router = self._connect(vllm_config.scheduler_config.max_num_batched_tokens)
-        bind_router(self._router)
+        self._data_plane = open_data_plane(self._setup, vllm_config.scheduler_config.max_num_batched_tokens)
+        bind_router(self._data_plane.router)
         self._phase("loading attention weights")
+        rank = self._setup.rank
+        assert self._steps is not None, "connect comes before start"
         self._worker = RouterWorker(
+            self._steps,
             vllm_config=vllm_config,
             local_rank=rank,
             rank=rank,
             distributed_init_method=init_method,
-            input_shm_handle=queue_handle,
             shared_worker_lock=threading.Lock(),
             is_driver_worker=rank % vllm_config.parallel_config.tensor_parallel_size == 0,
         )
         self._phase("warming up")
-        return self._worker.worker_response_mq.export_handle()
 
     def _serve(self) -> None:
         try:
             self._worker.serve()
         finally:
-            self._router.close()
-
-    def _connect(self, max_tokens: int) -> Any:
-        import ray
-
-        from ep.checkpoint import Checkpoint
-        from ep.cluster.membership import Membership
-        from ep.placement import Placement
-        from ep.router import Router
-        from ep.transport.base import spec_fingerprint
-        from ep.transport.handshake import Greeting
-        from ep.transport.sockets import SocketTransport
-
-        setup = self._setup
-        membership = Membership(
-            ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE), setup.deadline_s, setup.start_timeout_s
-        )
-        spec = Checkpoint(setup.checkpoint).spec
-        greeting = Greeting(
-            router_id=setup.link.router_name(setup.rank),
-            fingerprint=spec_fingerprint(spec),
-            hidden_size=spec.hidden_size,
-            max_tokens=min(max_tokens, MAX_DISPATCH_TOKENS),
-            top_k=spec.top_k,
-        )
-        transport = SocketTransport(
-            membership.endpoints(), greeting, setup.key, node_id=ray.get_runtime_context().get_node_id()
-        )
-        return Router(
-            spec,
-            Placement.from_dict(setup.placement),
-            transport,
-            dispatch_dtype=setup.dispatch_dtype,
-            deadline_s=setup.deadline_s,
-            on_shard_lost=membership.replace,
-        )
+            assert self._data_plane is not None
+            self._data_plane.router.close()
 
     def _phase(self, phase: str) -> None:
         import ray

@@ -55,7 +55,7 @@ class ShardActor:
         return self._shard.listen(
             self._setup.key,
             node_id=ray.get_runtime_context().get_node_id(),
-            tcp_host=ray.util.get_node_ip_address(),
+            host=ray.util.get_node_ip_address(),
             num_threads=self._setup.num_threads,
         )
 
@@ -71,10 +71,7 @@ class ShardActor:
         import ray
 
         node = {"node_id": ray.get_runtime_context().get_node_id(), "node_ip": ray.util.get_node_ip_address()}
-        if self._shard is None:
-            return node | {"pid": os.getpid()}
-        counters = self._shard.stats().to_dict()
-        return node | {"pid": os.getpid(), "compute_reason": self._shard.compute_reason} | counters
+        return node | {"pid": os.getpid()} | (self._shard.status() if self._shard is not None else {})
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)

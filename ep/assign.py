@@ -1,6 +1,6 @@
 """Which shard gets which tokens of one layer, and in what order. Pure numpy.
 
-Shape legend: T tokens, K top-k, S shards, P pairs on one shard, C its columns (ep/wire.py has the jagged order).
+Shape legend: T tokens, K top-k, S shards, P pairs (token, slot) on one shard.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ IntArray = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class ShardWork:
-    """One shard's part of a layer.
+    """One shard's part of a layer, in token order.
 
-    token_idx: int64 [tokens of this shard], rows of the hidden states, most slots first.
-    row_of_token: int64 [T], where a token lies in token_idx; tokens without work here come after all that have some.
-    column_sizes: the jagged columns. pair_idx: int64 [P] into the flattened [T, K] choices, in jagged order.
+    token_idx: int64, the tokens that have slots here. counts: int64, how many each has. pair_idx: int64 [P] into the
+    flattened [T, K] choices.
     """
 
     token_idx: npt.NDArray[np.int64]
-    row_of_token: npt.NDArray[np.int64]
-    column_sizes: tuple[int, ...]
+    counts: npt.NDArray[np.int64]
     pair_idx: npt.NDArray[np.int64]
 
 
@@ -56,30 +54,14 @@ def split(shard_idx: IntArray, num_shards: int) -> list[ShardWork]:
 
     Every pair lies in exactly one shard's work, every token at most once in each; a token's slots keep their order.
     """
-    num_tokens, num_choices = shard_idx.shape
+    num_tokens = len(shard_idx)
     cell = (shard_idx * num_tokens + np.arange(num_tokens)[:, None]).ravel()  # (shard, token) of each pair
-    counts = np.bincount(cell, minlength=num_shards * num_tokens)
-    by_cell = cell.argsort(kind="stable")
-    cell = cell[by_cell]
-    rank = np.arange(len(cell)) - (counts.cumsum() - counts)[cell]
-    order = (-counts).reshape(num_shards, num_tokens).argsort(axis=1, kind="stable")
-    row_of_token = order.argsort(axis=1)  # the inverse permutation
-    column = cell // num_tokens * num_choices + rank
-    sizes = np.bincount(column, minlength=num_shards * num_choices)
-    ends = sizes.cumsum()
-    pairs = np.empty(len(cell), dtype=np.int64)
-    pairs[(ends - sizes)[column] + row_of_token.ravel()[cell]] = by_cell
+    counts = np.bincount(cell, minlength=num_shards * num_tokens).reshape(num_shards, num_tokens)
+    pair_idx = cell.argsort(kind="stable")
     works = []
     start = 0
-    for shard, columns in enumerate(sizes.reshape(num_shards, num_choices).tolist()):
-        end = start + sum(columns)
-        works.append(
-            ShardWork(
-                token_idx=order[shard, : columns[0]],
-                row_of_token=row_of_token[shard],
-                column_sizes=tuple(filter(None, columns)),
-                pair_idx=pairs[start:end],
-            )
-        )
-        start = end
+    for here, num_pairs in zip(counts, counts.sum(axis=1).tolist(), strict=True):
+        token_idx = here.nonzero()[0]
+        works.append(ShardWork(token_idx, here[token_idx], pair_idx[start : start + num_pairs]))
+        start += num_pairs
     return works

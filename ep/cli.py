@@ -65,6 +65,94 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+@cli.command()
+@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
+def status(address: str, as_json: bool) -> None:
+    """What runs on a cluster: shards, nodes, slots, memory, requests, tokens."""
+    from ep.status import collect, show
+
+    show(collect(address), as_json)
+
+
+@cli.group()
+def model() -> None:
+    """Checkpoints and presets."""
+
+
+@model.command("synth")
+@click.argument("preset")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--seed", type=int, help="[default: the preset's]")
+@click.option(
+    "--zipf", "zipf_exponent", type=click.FloatRange(0), help="Skew of expert popularity. [default: the preset's]"
+)
+@click.option("--bf16", is_flag=True, help="Dequantised, for engines without block FP8.")
+def synth(preset: str, folder: str, seed: int | None, zipf_exponent: float | None, bf16: bool) -> None:
+    """Write the synthetic stand-in of PRESET into FOLDER."""
+    from ep.synth import SynthOptions
+    from ep.synth import synth as run
+
+    run(SynthOptions(preset, folder, seed, zipf_exponent, bf16))
+
+
+@model.command("list")
+def list_models() -> None:
+    """The presets that `ep serve` knows."""
+    from ep.model import list_presets
+
+    for name in list_presets():
+        click.echo(name)
+
+
+@cli.group()
+def bench() -> None:
+    """Measurements, each beside a baseline of the same run: a table, then one line of JSON."""
+
+
+_OUTPUT = click.option("--output", metavar="FILE", help="Write the JSON here too.")
+
+
+@bench.command("serve")
+@click.argument("model", default="deepseek-v3")
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--url", help="Measure this running server instead of starting one.")
+@click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
+@click.option("--checkpoint", metavar="DIR")
+@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--output-len", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--num-prompts", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--shards", type=click.IntRange(1), help="Shards of the server that is started.")
+@click.option("--verbose", is_flag=True)
+@_OUTPUT
+def bench_serve(shards: int | None, verbose: bool, **options: Any) -> None:
+    """Throughput and latency of a server under vLLM's own benchmark client; vLLM flags follow `--`."""
+    from ep.bench.serve import ServeBenchOptions, run, show
+    from ep.terminal import Terminal
+
+    terminal = Terminal(verbose)
+    flags = ("--shards", str(shards)) if shards is not None else ()
+    show(run(ServeBenchOptions(ep_flags=flags, **options), terminal), terminal.console)
+
+
+@bench.command("transport")
+@click.option("--num-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--hidden-size", type=click.IntRange(1), default=7168, show_default=True)
+@click.option("--shards", type=click.IntRange(1), multiple=True, default=(2, 4), show_default=True)
+@click.option("--ways", multiple=True, default=("shm", "tcp", "gloo"), show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@_OUTPUT
+def bench_transport(**options: Any) -> None:
+    """Round trips without compute between real processes, over shared memory, TCP and gloo."""
+    from ep.bench.transport import TransportBenchOptions, report, run
+
+    report(run(TransportBenchOptions(**options)))
+
+
 def main() -> None:
     """Entry point: user mistakes are one line and exit code 2."""
     try:

@@ -19,6 +19,8 @@ Messages name the path or the option and the values that clash: "PATH: WHAT is V
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EpError(Exception):
     """Base of every error that ep raises on purpose."""
@@ -72,7 +74,7 @@ class ShardLostError(TransportError):
         self.shard_idx = shard_idx
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.shard_idx, self.reason))
 
 
@@ -84,7 +86,7 @@ class ShardFailedError(TransportError):
         self.shard_idx = shard_idx
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.shard_idx, self.reason))
 
 
@@ -96,5 +98,5 @@ class DeadlineError(TransportError):
         self.shard_idx = shard_idx
         self.seconds = seconds
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.shard_idx, self.seconds))

@@ -1,6 +1,6 @@
 """The router's half of a MoE layer: assign, dispatch, wait, combine. No Ray in it.
 
-Shape legend: T tokens, H hidden, K top-k, P pairs (token, slot) on one shard; ep/wire.py has the jagged order of pairs.
+Shape legend: T tokens, H hidden, K top-k, P pairs (token, slot) on one shard; ep/wire.py has the order of pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ep.kernels.reference import quantize_tokens
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.transport.base import Endpoint, Partial, Transport
-from ep.transport.buffer import TORCH_DTYPES
+from ep.transport.buffer import TORCH_DTYPES, RawRows, to_raw
 from ep.wire import Dispatch
 
 COMBINE_DTYPES = ("bf16", "f32")
@@ -74,12 +74,12 @@ class _Sent:
 class _Call:
     """One layer between dispatch and combine: what is out, what is back, and what it takes to send work again.
 
-    rows [T, H] and scales [T, ceil(H / 128)] are as they travel. rest: tokens beyond what fits in one dispatch.
+    rows [T, H] (raw) and scales [T, ceil(H / 128)] are as they travel. rest: tokens beyond what fits in one dispatch.
     """
 
     layer_pos: int
-    rows: torch.Tensor
-    scales: torch.Tensor | None
+    rows: RawRows
+    scales: npt.NDArray[np.float32] | None
     slots: IntArray
     weights: npt.NDArray[np.float32]
     works: list[ShardWork]
@@ -167,15 +167,18 @@ class Router:
             hidden, topk_ids, topk_weights = (t[:most].cpu() for t in (hidden, topk_ids, topk_weights))
         shards, slots = self._assigner.place(layer_pos, topk_ids.numpy())
         works = split(shards, self._assigner.num_shards)
-        rows, scales = hidden, None
+        scales = None
+        rows = hidden
         if self.dispatch_dtype == "fp8":
             quantized = quantize_tokens(hidden)
-            rows, scales = quantized.q, quantized.scale_inv
+            rows, scales = quantized.q, quantized.scale_inv.numpy()
         weights = topk_weights.float().numpy().ravel()
-        call = self._call = _Call(layer_pos, rows, scales, slots.ravel(), weights, works, rest, dtype, device)
+        call = self._call = _Call(
+            layer_pos, to_raw(rows, self.dispatch_dtype), scales, slots.ravel(), weights, works, rest, dtype, device
+        )
         self._seq += 1
         for shard_idx, work in enumerate(works):
-            if work.column_sizes:
+            if len(work.counts):
                 sent = call.sent[shard_idx] = _Sent(work, time.perf_counter())
                 try:
                     self._send(call, shard_idx, work)
@@ -218,18 +221,16 @@ class Router:
             call.layer_pos,
             self.dispatch_dtype,
             self.combine_dtype,
-            work.column_sizes,
+            len(work.counts),
+            len(work.pair_idx),
         )
         views = self._transport.prepare(shard_idx, message, time.monotonic() + self.deadline_s)
+        views.counts[:] = work.counts
         call.slots.take(work.pair_idx, out=views.slot_ids, mode="clip")
         call.weights.take(work.pair_idx, out=views.weights, mode="clip")
-        token_idx = torch.from_numpy(work.token_idx)
-        if views.rows.dtype == call.rows.dtype:
-            torch.index_select(call.rows, 0, token_idx, out=views.rows)
-        else:
-            views.rows.copy_(call.rows.index_select(0, token_idx))
+        call.rows.take(work.token_idx, axis=0, out=views.rows, mode="clip")
         if call.scales is not None and views.scales is not None:
-            torch.index_select(call.scales, 0, token_idx, out=torch.from_numpy(views.scales))
+            call.scales.take(work.token_idx, axis=0, out=views.scales, mode="clip")
         self._stats[shard_idx].bytes_out += self._transport.dispatch(shard_idx)
 
     def _collect(self, call: _Call) -> None:
@@ -271,13 +272,12 @@ class Router:
         num_tokens, total = len(call.rows), None
         for shard_idx in sorted(call.partials):
             rows, work = call.partials[shard_idx].float().numpy(), call.works[shard_idx]
-            if len(rows) == num_tokens:
-                part = rows.take(work.row_of_token, axis=0)
-                total = part if total is None else np.add(total, part, out=total)
-                continue
             if total is None:
                 total = np.zeros((num_tokens, rows.shape[1]), dtype=np.float32)
-            total[work.token_idx] += rows
+            if len(rows) == num_tokens:
+                total += rows
+            else:
+                total[work.token_idx] += rows
         return np.zeros(call.rows.shape, dtype=np.float32) if total is None else total
 
     def _count(self, done: _Sent, partial: Partial) -> None:

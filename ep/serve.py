@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ep.checkpoint import Checkpoint
+from ep.cluster.router_actor import FAILED
 from ep.devices import count_gpus
-from ep.errors import OptionError, PlacementError
+from ep.errors import ClusterError, OptionError, PlacementError
 from ep.model import ModelSpec, load_preset
 from ep.placement import even_split
 from ep.plugin import ARCHITECTURES, LOAD_FORMAT
@@ -96,6 +97,7 @@ def serve(options: ServeOptions) -> None:
         except KeyboardInterrupt:
             terminal.say("stopping")
         finally:
+            _ignore_signals()
             _end_ray()
     terminal.say("stopped: no process left")
 
@@ -148,6 +150,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     address = options.address or ("auto" if sessions.find_running() else "local")
     needed = int(placement.num_shards * options.shard_cpus + 0.999)
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     server = vllm.result()
     args = server.parse_flags(_flags(options, target, server.is_cpu()))
     _check_supported(args, server.is_cpu())
@@ -174,10 +177,18 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         launch.link.export()
         _show_loading(launch, terminal)
         launch.wait_for_shards()
-        ready = threading.Thread(target=_announce, args=(options, launch, terminal), daemon=True)
-        ready.start()
-        server.run(args)
+        ended = threading.Event()
+        announce = threading.Thread(target=_announce, args=(options, launch, terminal, ended), daemon=True)
+        announce.start()
+        try:
+            server.run(args)
+        except Exception as error:
+            raise ClusterError(f"the engine ended: {_root_cause(launch, error)}{_see_log(terminal)}") from error
+        finally:
+            ended.set()
+            announce.join()
     finally:
+        _ignore_signals()
         launch.close()
 
 
@@ -214,6 +225,8 @@ def _check_supported(args: Any, cpu: bool) -> None:
 
 def _show_loading(launch: Launch, terminal: Terminal) -> None:
     """A bar over all experts of all shards, until every shard is up or one failed."""
+    if not launch.options.num_shard_actors:
+        return
     with terminal.progress(f"loading experts into {launch.options.placement.num_shards} shards") as (bar, task):
         while True:
             shards = launch.progress()["shards"]
@@ -227,8 +240,8 @@ def _show_loading(launch: Launch, terminal: Terminal) -> None:
         terminal.say(f"{len(shards)} shards hold {total} experts")
 
 
-def _announce(options: ServeOptions, launch: Launch, terminal: Terminal) -> None:
-    """Say what the router is doing until the server answers, then where."""
+def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: threading.Event) -> None:
+    """Say what the router is doing until the server answers, then where; gives up when the server has ended."""
     base = f"http://{options.host}:{options.port}"
     last = ""
     while not _answers(f"{base}/health"):
@@ -236,10 +249,23 @@ def _announce(options: ServeOptions, launch: Launch, terminal: Terminal) -> None
         if phase and phase != last:
             terminal.say(f"router: {phase}")
             last = phase
-        time.sleep(0.25)
+        if ended.wait(0.25):
+            return
+    launch.set_phase("serving")
     terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")
+
+
+def _root_cause(launch: Launch, error: Exception) -> str:
+    """What a router said before it gave up; else the engine's own words."""
+    failed = [p for p in launch.progress()["routers"].values() if p.startswith(FAILED)]
+    text = failed[0].removeprefix(FAILED) if failed else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[-1]
+
+
+def _see_log(terminal: Terminal) -> str:
+    return f" (log: {terminal.log})" if terminal.log is not None else ""
 
 
 def _answers(url: str) -> bool:
@@ -305,6 +331,12 @@ def _check_port(host: str, port: int) -> None:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    """From here on everything is being ended anyway; a second Ctrl-C must not leave half of it behind."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_ray() -> None:

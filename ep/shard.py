@@ -1,6 +1,6 @@
 """A shard: a fixed number of expert slots for every MoE layer, and the loop that answers routers. No Ray in it.
 
-Shape legend: T tokens, H hidden, K choices, P pairs (token, slot); ep/wire.py has the jagged order of pairs.
+Shape legend: T tokens, H hidden, K choices, P pairs (token, slot); ep/wire.py has the order of pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ep.kernels.reference import dequantize_tokens
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.transport.base import Endpoint, spec_fingerprint
-from ep.transport.buffer import DispatchViews
+from ep.transport.buffer import DispatchViews, from_raw
 from ep.transport.handshake import Identity
 from ep.transport.listener import Listener, Request
 from ep.wire import Dispatch
@@ -78,7 +78,7 @@ class Shard:
         self.shard_idx = shard_idx
         self._scratch = cpu_moe.Scratch()
         self._layers: list[cpu_moe.PackedExperts] = []
-        path: cpu_moe.Path_ = "sorted_torch"
+        path: cpu_moe.ComputePath = "sorted_torch"
         for weights in layers:
             if not self._layers:
                 supported, self.compute_reason = cpu_moe.supports(
@@ -117,12 +117,12 @@ class Shard:
         """x [T, H], slot_ids int [T, K] (-1 for none), weights float32 [T, K] -> partials float32 [T, H]."""
         work = split(np.where(slot_ids.numpy() < 0, 1, 0), 2)[0]
         out = torch.zeros(x.shape, dtype=torch.float32)
-        if not work.column_sizes:
+        if not len(work.counts):
             return out
         token_idx = torch.from_numpy(work.token_idx)
         job = cpu_moe.Job(
             x.index_select(0, token_idx).to(self.dtype),
-            work.column_sizes,
+            work.counts,
             slot_ids.flatten()[work.pair_idx].int(),
             weights.flatten()[work.pair_idx].float(),
             torch.empty(len(token_idx), x.shape[1]),
@@ -192,14 +192,19 @@ class Shard:
 
     def _serve(self, listener: Listener, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # OpenMP keeps this per thread, so it is set on the one that computes
-        with torch.inference_mode():
-            while not listener.is_closed:
-                by_layer: dict[int, list[Request]] = {}
-                for request in listener.wait():
-                    by_layer.setdefault(request.message.layer_pos, []).append(request)
-                for layer_pos, requests in by_layer.items():
-                    self._answer_all(listener, layer_pos, requests)
-        listener.hang_up()
+        try:
+            with torch.inference_mode():
+                while not listener.is_closed:
+                    by_layer: dict[int, list[Request]] = {}
+                    for request in listener.wait():
+                        by_layer.setdefault(request.message.layer_pos, []).append(request)
+                    for layer_pos, requests in by_layer.items():
+                        self._answer_all(listener, layer_pos, requests)
+        except Exception:
+            log.exception("shard %d: stops serving", self.shard_idx)
+            listener.close()
+        finally:  # routers learn at once that no answer will come
+            listener.hang_up()
 
     def _answer_all(self, listener: Listener, layer_pos: int, requests: list[Request]) -> None:
         try:
@@ -239,16 +244,18 @@ class Shard:
         message, views = work.message, work.views
         if message.generation != self.placement.generation:
             raise WireError(f"placement generation is {message.generation}, expected {self.placement.generation}")
-        slot_ids = views.slot_ids.copy()  # checked and used from memory that the router cannot reach
-        # The op does not check what it indexes with; a negative id is a huge unsigned one.
-        if slot_ids.view(np.uint32).max() >= self.placement.slots_per_shard:
+        # Checked and used from memory that the router cannot reach: the op does not check what it indexes with.
+        counts, slot_ids = views.counts.copy(), views.slot_ids.copy()
+        if counts.min() < 1 or counts.sum(dtype=np.int64) != len(slot_ids):
+            raise WireError(f"counts are not those of {len(slot_ids)} pairs, at least one for each token")
+        if slot_ids.view(np.uint32).max() >= self.placement.slots_per_shard:  # a negative id is a huge unsigned one
             raise WireError(f"a slot is out of range, expected 0 to {self.placement.slots_per_shard - 1}")
-        rows = views.rows
+        rows = from_raw(views.rows, message.dtype)
         if views.scales is not None:
             rows = dequantize_tokens(rows, torch.from_numpy(views.scales))
         return cpu_moe.Job(
             rows if rows.dtype == self.dtype else rows.to(self.dtype),
-            message.column_sizes,
+            counts,
             torch.from_numpy(slot_ids),
             torch.from_numpy(views.weights),
             work.out,

@@ -90,7 +90,9 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
 
 def _link_table(routers: list[dict[str, Any]]) -> Table:
     """One row per router and shard."""
-    table = Table("router", "phase", "pid", "shard", "round trips", "tokens", "sent", "received", "p50", "p99", "lost")
+    table = Table(
+        "router", "phase", "pid", "shard", "way", "round trips", "tokens", "sent", "received", "p50", "p99", "lost"
+    )
     for router in routers:
         gaps = router.get("recoveries", [])
         for shard_idx, link in enumerate(router.get("links", [])):
@@ -100,6 +102,7 @@ def _link_table(routers: list[dict[str, Any]]) -> Table:
                 router["phase"],
                 str(router["pid"]),
                 str(shard_idx),
+                link["way"].partition(":")[0],
                 str(link["requests"]),
                 str(link["tokens"]),
                 _bytes(link["bytes_out"]),

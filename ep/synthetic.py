@@ -59,28 +59,28 @@ OnProgress = Callable[[int, int], None]
 class Character:
     """What decides the stand-in's text. Strengths are standard deviations for inputs of unit variance."""
 
-    constant: float = 2.0
-    attention_logit: float = 3.0
+    constant: float = 32.0
+    attention_logit: float = 12.0
     attention_out: float = 1.2
     dense_out: float = 0.5
     gate_logit: float = 1.0
-    popularity: float = 0.04
-    key: float = 2.0
+    popularity: float = 0.03
+    key: float = 4.0
     key_noise: float = 0.1
-    num_rungs: int = 5
-    rung_ratio: float = 4.5
+    num_voters: float = 3.5
+    num_rungs: int = 4
+    rung_ratio: float = 2.5
     rung_odds: float = 0.4
-    gain: float = 0.2
-    gain_spread: float = 0.2
-    shared_gain: float = 0.04
-    leak: float = 0.02
-    logit_scale: float = 1.0
+    gain: float = 0.05
+    shared_gain: float = 0.005
+    leak: float = 0.05
+    logit_scale: float = 100.0
     logit_offset: float = 6.0
 
 
 CHARACTERS = {
     "deepseek_v3": Character(),
-    "mixtral": Character(gate_logit=0.3, popularity=0.3),
+    "mixtral": Character(gate_logit=0.5, popularity=0.3, gain=0.015),
 }
 
 
@@ -172,10 +172,11 @@ class Weights:
         if spec.num_shared_experts:
             names = [f"{prefix}.mlp.shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down")]
             inter = spec.moe_intermediate_size * spec.num_shared_experts
-            yield from self._expert(names, inter, self.character.shared_gain)
+            yield from self._expert(names, inter, self.character.shared_gain, 1.0)
         for expert_idx in range(spec.num_experts):
             names = [tensor.name for tensor in spec.expert_tensors(layer_idx, expert_idx)]
-            yield from self._expert(names, spec.moe_intermediate_size, self.character.gain)
+            odds = min(1.0, self.character.num_voters / (spec.top_k * spec.num_moe_layers))
+            yield from self._expert(names, spec.moe_intermediate_size, self.character.gain, odds)
 
     def popularity_ranks(self, layer_idx: int) -> Int64Array:
         """int64 [E]: 0 for the expert of a MoE layer that is made the most popular."""
@@ -239,31 +240,34 @@ class Weights:
             yield gate.weight.name, weight
             yield gate.bias.name, skew
 
-    def _expert(self, names: list[str], inter: int, gain: float) -> Iterator[tuple[str, Float32Array]]:
+    def _expert(self, names: list[str], inter: int, gain: float, odds: float) -> Iterator[tuple[str, Float32Array]]:
         """names of gate [N, H], up [N, H] and down [H, N]; unit i of the N is keyed to class i mod C."""
         gate, up, down = names
         yield gate, self._keys(gate, inter, self.character.key)
         yield up, self._keys(up, inter, 1.0)
-        yield down, self._votes(down, inter, gain)
+        yield down, self._votes(down, inter, gain, odds)
 
     def _keys(self, name: str, rows: int, std: float) -> Float32Array:
         """[rows, H]: `std` for an input of the row's class, noise otherwise."""
-        keys = self._reader(name, rows, self.character.key_noise)
+        keys = self._inner(name, rows, self.spec.hidden_size, self.character.key_noise)
+        keys[:, 0] = 0
         classes = np.arange(rows) % self.num_classes
         keys[:, self._class_coords] += self._class_codes[classes] * np.float32(std / self.num_classes)
         return keys
 
-    def _votes(self, name: str, cols: int, gain: float) -> Float32Array:
-        """[H, cols]: each column the vote code of one token times its rung's gain, plus noise."""
+    def _votes(self, name: str, cols: int, gain: float, odds: float) -> Float32Array:
+        """[H, cols]: a column votes for one token with its rung's gain, by a chance of `odds`, or is silent."""
         character = self.character
-        chance = (self._bits(f"{name}/rungs", cols) + 0.5) / 65536
-        rungs = np.minimum(np.log(chance) / math.log(character.rung_odds), character.num_rungs - 1).astype(np.int64)
-        tokens = self._token_of_vote[np.arange(cols) % self.num_classes, rungs]
-        spread = 1 + character.gain_spread * self._uniform(f"{name}/gains", (cols,))
-        gains = gain * character.rung_ratio**rungs * spread
-        votes = self._writer(name, cols, character.leak) * self.character.leak
-        votes[self._vote_coords] += (self._vote_codes[tokens] * gains[:, None]).T
-        return votes.astype(np.float32)
+        chance = (self._bits(f"{name}/rungs", self.num_classes) + 0.5) / 65536 / odds
+        rungs = np.minimum(np.log(chance) / math.log(character.rung_odds), character.num_rungs - 1)
+        rungs = np.floor(rungs).astype(np.int64) if odds < 1 else np.zeros(self.num_classes, np.int64)
+        gains = np.where(rungs < 0, 0.0, gain * character.rung_ratio**rungs)
+        classes = np.arange(cols) % self.num_classes
+        tokens = self._token_of_vote[classes, rungs[classes]]
+        votes = np.zeros((self.spec.hidden_size, cols), np.float32)
+        votes[self._vote_coords] = self._inner(name, len(self._vote_coords), cols, gain * character.leak)
+        votes[self._vote_coords] += (self._vote_codes[tokens] * gains[classes, None]).T
+        return votes
 
     @cached_property
     def _class_coords(self) -> Int64Array:
@@ -280,10 +284,9 @@ class Weights:
 
     @cached_property
     def _writes(self) -> Float32Array:
-        """[H]: how strongly embeddings, attention and dense layers write each coordinate; 0 for the constant."""
-        strength = np.full(self.spec.hidden_size, self.character.leak, np.float32)
+        """[H]: 1 for a state coordinate, 0 for any other."""
+        strength = np.zeros(self.spec.hidden_size, np.float32)
         strength[self._state_coords] = 1
-        strength[0] = 0
         return strength
 
     @cached_property
@@ -417,7 +420,7 @@ def quantize_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch
     padded = F.pad(weight, (0, -cols % block[1], 0, -rows % block[0]))
     tiles = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
     limit = torch.finfo(torch.float8_e4m3fn).max
-    scale_inv = tiles.abs().amax(dim=(1, 3)).clamp_min(1e-10) / limit
+    scale_inv = tiles.abs().amax(dim=3).amax(dim=1).clamp_min(1e-10) / limit
     values = (tiles / scale_inv[:, None, :, None]).clamp(-limit, limit).to(torch.float8_e4m3fn)
     return values.flatten(2, 3).flatten(0, 1)[:rows, :cols].contiguous(), scale_inv
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -47,23 +48,22 @@ class Terminal:
         before = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
         if before is None:
             os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config)
-        sys.stdout.flush()
-        sys.stderr.flush()
         saved_out, saved_err = os.dup(1), os.dup(2)
         console = self.console
         self.console = Console(file=os.fdopen(os.dup(saved_err), "w", buffering=1), highlight=False)
         target = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.dup2(target, 1)
-            os.dup2(target, 2)
+            _redirect(target)
             yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(saved_out, 1)
             os.dup2(saved_err, 2)
-            for fd in (target, saved_out, saved_err):
+            for fd in (saved_out, saved_err):
                 os.close(fd)
+            # Libraries have last words when the interpreter ends (nanobind's leak reports): to the log as well.
+            atexit.register(_redirect, target)
             self.console = console
             config.unlink(missing_ok=True)
             if before is None:
@@ -82,6 +82,14 @@ class Terminal:
         )
         with bar:
             yield bar, bar.add_task(label, total=total)
+
+
+def _redirect(target: int) -> None:
+    """Point stdout and stderr of this process at the file descriptor `target`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(target, 1)
+    os.dup2(target, 2)
 
 
 def _vllm_logging(log: Path) -> Path:

@@ -6,13 +6,12 @@ A block of one size can be read with one call into a buffer that exists, lies at
 bounds what a peer can make us parse.
 
 Payloads (every part starts at a multiple of ALIGN bytes):
-    Dispatch  slot_ids int32 [P], weights float32 [P], scales float32 [T, ceil(H / 128)] (fp8 only), rows [T, H]
+    Dispatch  counts int32 [T], slot_ids int32 [P], weights float32 [P], scales float32 [T, ceil(H / 128)] (fp8 only),
+              rows [T, H]
     Combine   partials [T, H]
 
-Shape legend: T tokens sent to one shard, H hidden, P pairs (token, slot), C columns.
-Pairs are in jagged order: tokens are sorted by their number of slots on the shard, most first, and column c holds the
-c-th slot of the first column_sizes[c] tokens. Nothing is padded, and a column is a contiguous run of both rows and
-pairs (the JDS format of sparse matrices, Saad 1989).
+Shape legend: T tokens sent to one shard, H hidden, P pairs (token, slot).
+Pairs are in token order, counts[t] of them for token t: the rows of a sparse matrix in CSR format, nothing is padded.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ BLOCK_BYTES = 512
 PREFIX = struct.Struct("<4sIQ")
 MAX_HEADER_BYTES = BLOCK_BYTES - PREFIX.size
 MAX_TEXT_BYTES = 256
-MAX_COLUMNS = 32
 ALIGN = 64
 TOKEN_BLOCK = 128
 ROW_BYTES = {"bf16": 2, "f32": 4, "fp8": 1}
@@ -44,7 +42,7 @@ _UINT_LIMIT = 1 << 63
 
 @dataclass(frozen=True)
 class Message:
-    """Base of all messages. Fields are int, str, bytes or tuples of int; anything else is refused on arrival."""
+    """Base of all messages. Fields are unsigned int and str; anything else is refused on arrival."""
 
     kind: ClassVar[int]
 
@@ -54,7 +52,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """A router introduces itself: what it serves, how it wants to exchange tensors, and how large they get.
+    """A router introduces itself: what it serves, how it wants to exchange tensors, and how large they get (max_tokens
+    of at most top_k slots each).
 
     channel is "shm" (descriptors of a memory file and two eventfds come with this block) or "stream".
     """
@@ -66,7 +65,7 @@ class Hello(Message):
     channel: str
     hidden_size: int
     max_tokens: int
-    max_columns: int
+    top_k: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Welcome(Message):
 
 @dataclass(frozen=True)
 class Dispatch(Message):
-    """Tokens of one layer for one shard. layer_pos counts MoE layers; column_sizes as above."""
+    """Tokens of one layer for one shard. layer_pos counts MoE layers. Every token has at least one slot."""
 
     kind: ClassVar[int] = 3
     seq: int
@@ -90,22 +89,14 @@ class Dispatch(Message):
     layer_pos: int
     dtype: str
     combine_dtype: str
-    column_sizes: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.column_sizes[0] if self.column_sizes else 0
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(self.column_sizes)
+    num_tokens: int
+    num_pairs: int
 
     def check(self) -> None:
-        sizes = self.column_sizes
         if self.dtype not in ROW_BYTES or self.combine_dtype not in ("bf16", "f32"):
             raise WireError(f"Dispatch: dtype is {self.dtype} to {self.combine_dtype}, expected {list(ROW_BYTES)}")
-        if not 0 < len(sizes) <= MAX_COLUMNS or sizes[-1] < 1 or list(sizes) != sorted(sizes, reverse=True):
-            raise WireError(f"Dispatch: column_sizes is {sizes}, expected 1 to {MAX_COLUMNS} falling positive sizes")
+        if not 0 < self.num_tokens <= self.num_pairs:
+            raise WireError(f"Dispatch: {self.num_pairs} pairs of {self.num_tokens} tokens, expected at least one each")
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ class _Codec:
     """Fields of one kind of message, in the order of the wire."""
 
     def __init__(self, cls: type[Message]) -> None:
-        of_name: dict[str, type] = {"int": int, "str": str, "tuple[int, ...]": tuple}
+        of_name: dict[str, type] = {"int": int, "str": str}
         self.cls = cls
         self.names = tuple(field.name for field in fields(cls))
         self.types = tuple(of_name[str(field.type)] for field in fields(cls))
@@ -159,13 +150,7 @@ class _Codec:
         if tuple(map(type, values)) != self.types:
             raise WireError(f"{self.cls.__name__}: fields are not {', '.join(self.names)} of the right types")
         for value in values:
-            if type(value) is int:
-                is_sane = 0 <= value < _UINT_LIMIT
-            elif type(value) is tuple:
-                is_sane = all(type(item) is int and 0 <= item < _UINT_LIMIT for item in value)
-            else:
-                is_sane = len(value) <= MAX_TEXT_BYTES
-            if not is_sane:
+            if not (0 <= value < _UINT_LIMIT if type(value) is int else len(value) <= MAX_TEXT_BYTES):
                 raise WireError(f"{self.cls.__name__}: {value!r:.80} is out of range")
         message = self.cls(*values)
         message.check()
@@ -207,7 +192,7 @@ def decode(block: bytes | bytearray | memoryview, max_payload_bytes: int = 0) ->
 
 def _decode_header(header: bytes) -> Message:
     try:
-        values: Any = msgpack.unpackb(header, use_list=False, max_array_len=MAX_COLUMNS, max_map_len=0, max_ext_len=0)
+        values: Any = msgpack.unpackb(header, use_list=False, max_array_len=16, max_map_len=0, max_ext_len=0)
     except Exception as error:  # msgpack raises many unrelated types on bytes that are not msgpack
         raise WireError(f"header is not msgpack: {type(error).__name__}: {error}") from error
     if type(values) is not tuple or not values or type(values[0]) is not int or values[0] not in _CODECS:
@@ -224,6 +209,7 @@ def shorten(text: str) -> str:
 class DispatchLayout:
     """Where the parts of a Dispatch payload start, in bytes, and its length."""
 
+    counts: int
     slot_ids: int
     weights: int
     scales: int
@@ -233,10 +219,11 @@ class DispatchLayout:
 
 @lru_cache(maxsize=4096)
 def dispatch_layout(num_tokens: int, num_pairs: int, hidden_size: int, dtype: str) -> DispatchLayout:
-    weights = _aligned(4 * num_pairs)
+    slot_ids = _aligned(4 * num_tokens)
+    weights = slot_ids + _aligned(4 * num_pairs)
     scales = weights + _aligned(4 * num_pairs)
     rows = scales + (_aligned(4 * num_tokens * num_scales(hidden_size)) if dtype == "fp8" else 0)
-    return DispatchLayout(0, weights, scales, rows, rows + num_tokens * hidden_size * ROW_BYTES[dtype])
+    return DispatchLayout(0, slot_ids, weights, scales, rows, rows + num_tokens * hidden_size * ROW_BYTES[dtype])
 
 
 def num_scales(hidden_size: int) -> int:
@@ -244,9 +231,10 @@ def num_scales(hidden_size: int) -> int:
     return -(-hidden_size // TOKEN_BLOCK)
 
 
-def max_dispatch_bytes(max_tokens: int, max_columns: int, hidden_size: int) -> int:
+def max_dispatch_bytes(max_tokens: int, top_k: int, hidden_size: int) -> int:
     """The largest Dispatch payload of any dtype."""
-    return _aligned(dispatch_layout(max_tokens, max_tokens * max_columns, hidden_size, "f32").total)
+    num_pairs = max_tokens * top_k
+    return _aligned(max(dispatch_layout(max_tokens, num_pairs, hidden_size, dtype).total for dtype in ROW_BYTES))
 
 
 def max_combine_bytes(max_tokens: int, hidden_size: int) -> int:

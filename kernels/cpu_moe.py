@@ -1,8 +1,7 @@
 """Expert compute of one shard on CPU: the weighted sum of each token's experts among the shard's slots.
 
-Shape legend: T tokens, H hidden, N intermediate, E slots, P pairs (token, slot), C columns.
-Pairs come in jagged order (ep/wire.py): tokens sorted by their number of slots, column c holds the c-th slot of the
-first column_sizes[c] tokens, so slot_ids and weights are [P] with P = sum(column_sizes) and T = column_sizes[0].
+Shape legend: T tokens, H hidden, N intermediate, E slots, P pairs (token, slot), C slots of each token.
+Pairs come in token order, counts[t] of them for token t (ep/wire.py), so slot_ids and weights are [P], P = sum(counts).
 
 Two paths. `fused` is vLLM's C++ op, `_C::cpu_fused_moe`: its own kernel for the experts on CPU, loaded without
 importing vLLM. It wants the same number of experts for every token. Where a shard has just that, it is called as vLLM
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-Path_ = Literal["fused", "sorted_torch"]
+ComputePath = Literal["fused", "sorted_torch"]
 ALIGNMENT = 32
 """H and N must be multiples of this for the op's tiles."""
 
@@ -37,19 +37,14 @@ _op_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """Work of one request. x [T, H] of the weights' dtype, slot_ids int32 [P], weights float32 [P] (all contiguous),
-    out [T, H] float32 or of the weights' dtype: the partials are written there."""
+    """Work of one request. x [T, H] of the weights' dtype, counts int [T], all at least 1, slot_ids int32 [P], weights
+    float32 [P] (all contiguous), out [T, H] float32 or of the weights' dtype: the partials are written there."""
 
     x: torch.Tensor
-    column_sizes: Sequence[int]
+    counts: npt.NDArray[np.integer]
     slot_ids: torch.Tensor
     weights: torch.Tensor
     out: torch.Tensor
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every token has the same number of slots."""
-        return self.column_sizes[-1] == self.column_sizes[0]
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class PackedExperts:
 
     w13: torch.Tensor
     w2: torch.Tensor
-    path: Path_
+    path: ComputePath
     scratch: Scratch = field(repr=False)
 
 
@@ -88,7 +83,7 @@ def supports(dtype: torch.dtype, hidden_size: int, moe_intermediate_size: int) -
     return not reason, reason or f"vLLM's C++ op cpu_fused_moe ({_isa()})"
 
 
-def pack(w13: torch.Tensor, w2: torch.Tensor, path: Path_, scratch: Scratch | None = None) -> PackedExperts:
+def pack(w13: torch.Tensor, w2: torch.Tensor, path: ComputePath, scratch: Scratch | None = None) -> PackedExperts:
     """Reorders w13 [E, 2N, H] and w2 [E, H, N] in place, slot by slot: no second copy of a layer is ever held."""
     if path == "fused":
         for weights in (w13, w2):
@@ -109,19 +104,20 @@ def moe(experts: PackedExperts, jobs: Sequence[Job]) -> None:
     ragged = []
     uniform: dict[int, list[Job]] = {}
     for job in jobs:
-        if job.is_uniform:
-            uniform.setdefault(len(job.column_sizes), []).append(job)
+        num_slots = int(job.counts[0])
+        if num_slots * len(job.counts) == len(job.slot_ids) and (job.counts == num_slots).all():
+            uniform.setdefault(num_slots, []).append(job)
         else:
             ragged.append(job)
-    for num_columns, group in uniform.items():
-        _fused_uniform(experts, group, num_columns)
+    for num_slots, group in uniform.items():
+        _fused_uniform(experts, group, num_slots)
     if ragged:
         _fused_ragged(experts, ragged)
 
 
 def sorted_torch(w13: torch.Tensor, w2: torch.Tensor, job: Job) -> None:
     """The twin: pairs sorted by slot, two GEMMs per slot that has any, weighted sum in float32."""
-    rows = torch.cat([torch.arange(size) for size in job.column_sizes])
+    rows = torch.from_numpy(_row_of_pair(job.counts))
     order = torch.argsort(job.slot_ids, stable=True)
     slots, counts = torch.unique_consecutive(job.slot_ids[order], return_counts=True)
     total = torch.zeros(job.out.shape, dtype=torch.float32)
@@ -133,51 +129,54 @@ def sorted_torch(w13: torch.Tensor, w2: torch.Tensor, job: Job) -> None:
     job.out.copy_(total)
 
 
-def _fused_uniform(experts: PackedExperts, jobs: list[Job], num_columns: int) -> None:
+def _fused_uniform(experts: PackedExperts, jobs: list[Job], num_slots: int) -> None:
     """[T, C] ids and weights: the op as vLLM calls it."""
-    x = _cat(experts, "x", [job.x for job in jobs])
-    slot_ids = torch.cat([job.slot_ids.view(num_columns, -1) for job in jobs], dim=1).t().contiguous()
-    weights = torch.cat([job.weights.view(num_columns, -1) for job in jobs], dim=1).t().contiguous()
+    x = _cat(experts, [job.x for job in jobs])
+    slot_ids = _joined([job.slot_ids for job in jobs]).view(-1, num_slots)
+    weights = _joined([job.weights for job in jobs]).view(-1, num_slots)
     if len(jobs) == 1 and jobs[0].out.dtype == x.dtype:
         _op(jobs[0].out, x, experts, weights, slot_ids)
         return
     out = experts.scratch.rows("out", x.shape, x.dtype)
     _op(out, x, experts, weights, slot_ids)
-    for job, part in zip(jobs, out.split([len(job.x) for job in jobs]), strict=True):
+    for job, part in zip(jobs, out.split([len(job.counts) for job in jobs]), strict=True):
         job.out.copy_(part)
 
 
 def _fused_ragged(experts: PackedExperts, jobs: list[Job]) -> None:
-    """One row per pair, one expert per row, then the columns are added up in float32."""
-    x = _cat(experts, "x", [job.x[:size] for job in jobs for size in job.column_sizes])
-    slot_ids = jobs[0].slot_ids if len(jobs) == 1 else torch.cat([job.slot_ids for job in jobs])
-    weights = jobs[0].weights if len(jobs) == 1 else torch.cat([job.weights for job in jobs])
-    out = experts.scratch.rows("out", x.shape, x.dtype)
-    _op(out, x, experts, weights[:, None], slot_ids[:, None])
-    rows = experts.scratch.rows("rows", x.shape, torch.float32).copy_(out).numpy()
-    start = 0
-    for job in jobs:
-        total = job.out
-        if total.dtype != torch.float32:
-            total = experts.scratch.rows("total", job.out.shape, torch.float32)
-        sums = total.numpy()
-        for column, size in enumerate(job.column_sizes):
-            part = rows[start : start + size]
-            if column == 0:
-                sums[:] = part
-            else:
-                np.add(sums[:size], part, out=sums[:size])
-            start += size
-        if total is not job.out:
-            job.out.copy_(total)
+    """One row per pair, one expert per row, then the rows of each token are added up in float32."""
+    x = _cat(experts, [job.x for job in jobs])
+    row_of_pair = torch.from_numpy(_row_of_pair(np.concatenate([job.counts for job in jobs])))
+    slot_ids = _joined([job.slot_ids for job in jobs])
+    weights = _joined([job.weights for job in jobs])
+    shape = (len(slot_ids), x.shape[1])
+    pairs = experts.scratch.rows("pairs", shape, x.dtype)
+    torch.index_select(x, 0, row_of_pair, out=pairs)
+    out = experts.scratch.rows("out", shape, x.dtype)
+    _op(out, pairs, experts, weights[:, None], slot_ids[:, None])
+    rows = experts.scratch.rows("rows", shape, torch.float32).copy_(out)
+    if len(jobs) == 1 and jobs[0].out.dtype == torch.float32:
+        jobs[0].out.zero_().index_add_(0, row_of_pair, rows)
+        return
+    total = experts.scratch.rows("total", x.shape, torch.float32).zero_().index_add_(0, row_of_pair, rows)
+    for job, part in zip(jobs, total.split([len(job.counts) for job in jobs]), strict=True):
+        job.out.copy_(part)
 
 
-def _cat(experts: PackedExperts, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+def _row_of_pair(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    return np.arange(len(counts)).repeat(counts)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _cat(experts: PackedExperts, parts: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of all jobs."""
     if len(parts) == 1:
         return parts[0]
-    num_rows = sum(len(part) for part in parts)
-    out = experts.scratch.rows(name, (num_rows, parts[0].shape[1]), parts[0].dtype)
-    return torch.cat(parts, out=out)
+    shape = (sum(len(part) for part in parts), parts[0].shape[1])
+    return torch.cat(parts, out=experts.scratch.rows("x", shape, parts[0].dtype))
 
 
 def _op(

@@ -105,7 +105,7 @@ def quantize_blocks(
     rows, cols = w.shape
     padded = F.pad(w.float(), (0, -cols % block[1], 0, -rows % block[0]))
     tiles = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
-    scale_inv = tiles.abs().amax(dim=(1, 3)).clamp_min(MIN_AMAX) / torch.finfo(dtype).max
+    scale_inv = tiles.abs().amax(dim=3).amax(dim=1).clamp_min(MIN_AMAX) / torch.finfo(dtype).max
     q = _saturate(tiles / scale_inv[:, None, :, None], dtype)
     return Quantized(q.flatten(2, 3).flatten(0, 1)[:rows, :cols].contiguous(), scale_inv)
 
@@ -118,7 +118,7 @@ def dequantize_blocks(q: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int
 
 
 def quantize_tokens(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
-    """x [T, H] -> q [T, H] of the FP8 dtype, scale_inv float32 [T, ceil(H / 128)]: a scale per token and 128 columns."""
+    """x [T, H] -> q [T, H] of the FP8 dtype, scale_inv float32 [T, ceil(H / 128)]: a scale per 128 columns."""
     return quantize_blocks(x, (1, TOKEN_BLOCK), dtype)
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ep.bench.client import Load, Percentiles, Served, run_client
 from ep.bench.conditions import Conditions, conditions
-from ep.bench.server import Server, answers, free_port
+from ep.bench.server import Server, answers, free_port, served_model
 from ep.checkpoint import write_dequantized
 from ep.devices import count_gpus
 from ep.errors import OptionError
@@ -36,7 +36,7 @@ _KV_CACHE_BYTES = 1 << 30  # as `ep serve` sets it on CPU: vLLM's own default th
 class ServeBenchOptions:
     """Options of `ep bench serve`.
 
-    url: measure this running server instead of starting one; `checkpoint` then names its tokenizer.
+    url: measure this running server instead of starting one on a Ray of its own; `checkpoint` then names its tokenizer.
     against: "native" measures native vLLM on the same weights in the same run; None measures one server.
     ep_flags: further options of `ep serve`; vllm_flags go to vLLM in both servers.
     """
@@ -62,14 +62,14 @@ class Round:
     """One run of the client against one server.
 
     cpu_s_per_1000_tokens: by kind of process, the client's warm-up included in both; empty for a server that was
-    not started here. idle_cpu_s: CPU seconds of the other server meanwhile.
+    not started here. idle_cores: CPU cores that the other server, which had no requests, used meanwhile.
     """
 
     server: str
     round_idx: int
     served: Served
     cpu_s_per_1000_tokens: dict[str, float]
-    idle_cpu_s: float
+    idle_cores: float
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
         return _Target(name, server.url, target.name, weights, server, seconds)
 
     if options.url is not None:
-        targets = [_Target("ep", options.url, target.name, weights)]
+        targets = [_Target("ep", options.url, served_model(options.url), weights)]
     else:
-        command = [*_EP, options.model, "--checkpoint", weights, "--verbose", *options.ep_flags]
+        command = [*_EP, options.model, "--checkpoint", weights, "--address", "local", "--verbose", *options.ep_flags]
         targets = [start("ep", command, ["--", *options.vllm_flags])]
     if options.against == "native":
         command = [*_NATIVE, "--model", _native_weights(target.checkpoint, terminal)]
@@ -231,16 +231,17 @@ def _round(options: ServeBenchOptions, target: _Target, others: list[Server], ro
     server = target.server
     before = server.cpu_seconds() if server else {}
     tokens_before = server.generated_tokens() if server else 0
-    idle_before = sum(sum(other.cpu_seconds().values()) for other in others)
+    idle_before, since = sum(sum(other.cpu_seconds().values()) for other in others), time.monotonic()
     name = f"{target.name}-{round_idx if round_idx >= 0 else 'warm-up'}"
     served = run_client(load, target.url, target.model, target.tokenizer, logs, name)
-    idle_after = sum(sum(other.cpu_seconds().values()) for other in others)
+    idle = sum(sum(other.cpu_seconds().values()) for other in others) - idle_before
+    idle_cores = idle / (time.monotonic() - since)
     per_1000: dict[str, float] = {}
     if server:
         tokens = server.generated_tokens() - tokens_before
         after = server.cpu_seconds()
         per_1000 = {label: (after[label] - before.get(label, 0.0)) / tokens * 1000 for label in after}
-    return Round(target.name, round_idx, served, per_1000, idle_after - idle_before)
+    return Round(target.name, round_idx, served, per_1000, idle_cores)
 
 
 def _summary(rounds: Sequence[Round]) -> Summary:
@@ -274,12 +275,16 @@ def _ratio(rounds: Sequence[Round]) -> float:
     return statistics.median(speed["ep", i] / speed["native", i] for name, i in speed if name == "ep")
 
 
+def _idle_cores(rounds: Sequence[Round], server: str) -> float:
+    return statistics.median(r.idle_cores for r in rounds if r.server != server)
+
+
 def _table(result: ServeBench) -> Table:
     options, at = result.options, result.conditions
     table = Table(
         title=f"{options.model}: {options.concurrency} concurrent, {options.input_len} + {options.output_len} tokens, "
         f"{options.num_prompts} requests, median of {options.rounds} rounds",
-        caption=f"{at.cores} cores of {at.cpu}; logs in {result.logs}",
+        caption=f"{at.cores} cores of {at.cpu}, load {at.load_1m:g} before; logs in {result.logs}",
     )
     table.add_column("")
     for name in result.servers:
@@ -300,10 +305,14 @@ def _table(result: ServeBench) -> Table:
     for name in ("ttft", "tpot", "itl"):
         for p in ("p50", "p90", "p99"):
             row(f"{name.upper()} {p}, ms", [getattr(getattr(s.served, f"{name}_ms"), p) for s in servers], 1)
-    for label in sorted({label for s in servers for label in s.cpu_s_per_1000_tokens}):
+    for label in sorted({label for s in servers for label, cpu_s in s.cpu_s_per_1000_tokens.items() if cpu_s >= 0.005}):
         values = (s.cpu_s_per_1000_tokens.get(label, 0.0) for s in servers)
         table.add_row(f"CPU s per 1000 tokens: {label}", *(f"{value:.2f}" if value else "" for value in values))
     totals = [sum(s.cpu_s_per_1000_tokens.values()) for s in servers]
     if all(totals):
         row("CPU s per 1000 tokens: all", totals, 2)
+    if compared:
+        table.add_row(
+            "cores used while the other runs", *(f"{_idle_cores(result.rounds, n):.2f}" for n in result.servers)
+        )
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -113,6 +114,12 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def served_model(url: str) -> str:
+    """The first name under which the server serves its model."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10.0) as response:
+        return str(json.load(response)["data"][0]["id"])
 
 
 def generated_tokens(url: str) -> int:

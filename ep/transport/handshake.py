@@ -15,7 +15,6 @@ from ep.transport.base import spec_fingerprint
 from ep.transport.channel import Channel, StreamChannel, tune
 from ep.wire import (
     BLOCK_BYTES,
-    MAX_COLUMNS,
     PROTOCOL,
     Failure,
     Hello,
@@ -29,6 +28,7 @@ from ep.wire import (
 )
 
 MAX_TOKENS = 8192
+MAX_TOP_K = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Admitted:
     channel: Channel
     router_id: str
     max_tokens: int
-    max_columns: int
+    top_k: int
 
 
 def admit(sock: socket.socket, identity: Identity, key: bytes, deadline: float) -> Admitted:
@@ -129,13 +129,13 @@ def admit(sock: socket.socket, identity: Identity, key: bytes, deadline: float) 
         for fd in fds:
             os.close(fd)
     sock.sendall(encode(Welcome(PROTOCOL, identity.shard_idx, identity.generation, identity.num_slots)))
-    return Admitted(channel, hello.router_id, hello.max_tokens, hello.max_columns)
+    return Admitted(channel, hello.router_id, hello.max_tokens, hello.top_k)
 
 
 def _capacities(hello: Hello) -> tuple[int, int]:
     """Payload bytes to the shard and back."""
     return (
-        max_dispatch_bytes(hello.max_tokens, hello.max_columns, hello.hidden_size),
+        max_dispatch_bytes(hello.max_tokens, hello.top_k, hello.hidden_size),
         max_combine_bytes(hello.max_tokens, hello.hidden_size),
     )
 
@@ -149,10 +149,10 @@ def _refusal(hello: Hello, num_fds: int, identity: Identity) -> str:
     ):
         if value != expected:
             return f"{what} is {value}, expected {expected}"
-    if not 0 < hello.max_tokens <= identity.max_tokens or not 0 < hello.max_columns <= MAX_COLUMNS:
+    if not 0 < hello.max_tokens <= identity.max_tokens or not 0 < hello.top_k <= MAX_TOP_K:
         return (
-            f"{hello.max_tokens} tokens of {hello.max_columns} slots at once, "
-            f"expected at most {identity.max_tokens} of {MAX_COLUMNS}"
+            f"{hello.max_tokens} tokens of {hello.top_k} slots at once, "
+            f"expected at most {identity.max_tokens} of {MAX_TOP_K}"
         )
     if (hello.channel, num_fds) not in (("shm", shm.NUM_FDS), ("stream", 0)):
         return f"channel is {hello.channel} with {num_fds} descriptors, expected shm with {shm.NUM_FDS} or stream, 0"

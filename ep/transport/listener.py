@@ -261,8 +261,8 @@ class Listener:
         if not isinstance(message, Dispatch):
             raise WireError(f"{type(message).__name__} with {frame.payload_bytes} bytes came instead of Dispatch")
         router = connection.router
-        if message.num_tokens > router.max_tokens or len(message.column_sizes) > router.max_columns:
-            raise WireError(f"{message.num_tokens} tokens of {len(message.column_sizes)} slots, more than was agreed")
+        if message.num_tokens > router.max_tokens or message.num_pairs > router.max_tokens * router.top_k:
+            raise WireError(f"{message.num_pairs} pairs of {message.num_tokens} tokens, more than was agreed")
         hidden_size = self._identity.hidden_size
         layout = dispatch_layout(message.num_tokens, message.num_pairs, hidden_size, message.dtype)
         if frame.payload_bytes != layout.total:
@@ -275,7 +275,7 @@ class Listener:
             connection,
             message,
             channel.incoming.dispatch_views(message, hidden_size),
-            channel.outgoing.rows(message.num_tokens, hidden_size, message.combine_dtype),
+            channel.outgoing.combine_rows(message.num_tokens, hidden_size, message.combine_dtype),
         )
 
     def _post(self, connection: Connection, message: Message, payload_bytes: int) -> None:

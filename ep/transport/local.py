@@ -66,7 +66,7 @@ class LocalTransport:
         assert link.message is not None and link.views is not None
         link.is_waiting = False
         message = link.message
-        rows = link.incoming.rows(message.num_tokens, self._hidden_size, message.combine_dtype)
+        rows = link.incoming.combine_rows(message.num_tokens, self._hidden_size, message.combine_dtype)
         try:
             compute_ns = link.shard.answer(message, link.views, rows)
         except EpError as error:

@@ -223,7 +223,7 @@ class SocketTransport:
         ):
             self._disconnect(link, f"answered {message} to {asked}")
             raise ShardLostError(link.shard_idx, link.lost)
-        rows = channel.incoming.rows(message.num_tokens, self._greeting.hidden_size, message.dtype)
+        rows = channel.incoming.combine_rows(message.num_tokens, self._greeting.hidden_size, message.dtype)
         return Partial(link.shard_idx, rows, message.compute_ns, BLOCK_BYTES + frame.payload_bytes)
 
     def _give_up(self, link: _Link) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -112,7 +113,8 @@ class ShardProcess:
         cls, folder: Path, make: Callable[..., Shard], *arguments: Any, host: str | None = "127.0.0.1"
     ) -> ShardProcess:
         """make(*arguments) -> Shard runs in the process; everything must pickle."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ep.shard"])  # torch is imported once, not by every shard
         ours, theirs = context.Pipe()
         process = context.Process(target=_run, args=(theirs, str(folder), host, make, arguments), daemon=True)
         process.start()
@@ -134,3 +136,17 @@ def even_shard(shard_idx: int, num_shards: int, dtype: torch.dtype, shard_class:
     spec = make_spec()
     placement = even_split(spec.num_moe_layers, spec.num_experts, num_shards)
     return make_shard(spec, placement, shard_idx, make_experts(spec, dtype), shard_class)
+
+
+class SlowShard(Shard):
+    """Takes its time over each computation."""
+
+    seconds = 0.3
+
+    def _compute(self, *arguments: Any) -> int:
+        time.sleep(self.seconds)
+        return super()._compute(*arguments)
+
+
+class HungShard(SlowShard):
+    seconds = 60.0

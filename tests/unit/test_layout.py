@@ -39,7 +39,7 @@ LAYERS = (
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
         "commands",
-        ("ep.cli", "ep.serve", "ep.status", "ep.bench", "ep.terminal", "ep.devices"),
+        ("ep.cli", "ep.serve", "ep.status", "ep.synth", "ep.bench", "ep.terminal", "ep.devices"),
         frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil"}),
     ),
 )

@@ -1,0 +1,77 @@
+"""Build a router and the transport to its shards, inside a router actor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+
+from ep.checkpoint import Checkpoint
+from ep.cluster.membership import Membership
+from ep.cluster.router_actor import RouterSetup
+from ep.link import NAMESPACE
+from ep.placement import Placement
+from ep.router import Router
+from ep.shard import Shard
+from ep.transport.base import Transport, spec_fingerprint
+from ep.transport.handshake import Greeting
+from ep.transport.local import LocalTransport
+from ep.transport.sockets import SocketTransport
+
+MAX_DISPATCH_TOKENS = 2048
+"""Larger batches go out in parts: the buffers of every link are sized for this many."""
+
+
+@dataclass(frozen=True)
+class DataPlane:
+    """A router and what it sends over."""
+
+    router: Router
+    transport: Transport
+
+    def status(self) -> dict[str, Any]:
+        """Counters of every link, and the losses that were mended."""
+        links = [
+            link.to_dict() | {"way": self.transport.describe(shard_idx)}
+            for shard_idx, link in enumerate(self.router.stats())
+        ]
+        return {"links": links, "recoveries": [asdict(recovery) for recovery in self.router.recoveries]}
+
+
+def open_data_plane(setup: RouterSetup, max_tokens: int) -> DataPlane:
+    """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler.
+
+    Raises CheckpointError, ClusterError, ShardLostError.
+    """
+    checkpoint = Checkpoint(setup.checkpoint)
+    spec = checkpoint.spec
+    placement = Placement.from_dict(setup.placement)
+    max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
+    transport: Transport
+    replace = None
+    if setup.transport == "local":
+        shards = [Shard.load(checkpoint, placement, shard_idx) for shard_idx in range(placement.num_shards)]
+        transport = LocalTransport(shards, spec.hidden_size, spec.top_k, max_tokens)
+    else:
+        coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
+        membership = Membership(coordinator, setup.deadline_s, setup.start_timeout_s)
+        greeting = Greeting(
+            router_id=setup.link.router_name(setup.rank),
+            fingerprint=spec_fingerprint(spec),
+            hidden_size=spec.hidden_size,
+            max_tokens=max_tokens,
+            top_k=spec.top_k,
+        )
+        node_id = ray.get_runtime_context().get_node_id()
+        transport = SocketTransport(membership.endpoints(), greeting, setup.key, node_id)
+        replace = membership.replace
+    router = Router(
+        spec,
+        placement,
+        transport,
+        dispatch_dtype=setup.dispatch_dtype,
+        deadline_s=setup.deadline_s,
+        on_shard_lost=replace,
+    )
+    return DataPlane(router, transport)

@@ -1,0 +1,130 @@
+"""One server, used as its users would: chat, streams, metrics, status, and a shard that is killed under load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from openai import APIStatusError, OpenAI
+
+from ep.model import load_preset
+from ep.synthetic import cached_checkpoint
+from tests.serving.served import Served, run_ep, serve
+
+NUM_STREAMS = 16
+MODEL = "deepseek-v3"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    arguments = ("--synthetic", "--address", "local", "--api-key", "secret", "--", "--max-model-len", "1024")
+    with serve(MODEL, *arguments, folder=folder, signal_at_end=signal.SIGINT) as served:
+        yield served
+
+
+def client(server: Served, key: str = "secret") -> OpenAI:
+    return OpenAI(base_url=server.base_url, api_key=key, max_retries=0, timeout=120)
+
+
+def stream(server: Served, prompt: str, num_tokens: int = 64) -> str:
+    options = {"ignore_eos": True}
+    chunks = client(server).completions.create(
+        model=MODEL, prompt=prompt, max_tokens=num_tokens, temperature=0, stream=True, extra_body=options
+    )
+    return "".join(chunk.choices[0].text for chunk in chunks)
+
+
+def streams(server: Served) -> list[str]:
+    """The same prompts every time, all at once."""
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        return list(pool.map(lambda i: stream(server, f"Tell me of number {i}: "), range(NUM_STREAMS)))
+
+
+def test_phases_on_the_terminal(server: Served) -> None:
+    shown = server.output.read_text()
+    for phase in ("Ray", "shards hold", "router: loading attention weights", "serving deepseek-v3 at", "log: "):
+        assert phase in shown
+    assert "WARNING" not in shown and "INFO" not in shown
+
+
+def test_chat_streamed_and_not(server: Served) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    asked = {"model": MODEL, "messages": messages, "max_tokens": 24, "temperature": 0}
+    whole = client(server).chat.completions.create(**asked)
+    assert whole.usage.completion_tokens == 24
+    parts = client(server).chat.completions.create(**asked, stream=True)
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content != ""
+
+
+def test_wrong_api_key(server: Served) -> None:
+    with pytest.raises(APIStatusError) as refused:
+        client(server, "wrong").models.list()
+    assert refused.value.status_code == 401
+
+
+def test_metrics_and_status(server: Served) -> None:
+    stream(server, "warm", 4)
+    assert "vllm:generation_tokens_total" in server.get("/metrics")
+    status = server.status()
+    assert status["model"] == MODEL and status["generation"] == 0
+    assert [shard["state"] for shard in status["shards"]] == ["up", "up"]
+    assert all(shard["num_slots"] == 128 and shard["tokens"] > 0 for shard in status["shards"])
+    assert all("cpu_fused_moe" in shard["compute_reason"] for shard in status["shards"])
+    (router,) = status["routers"]
+    assert router["phase"] == "serving" and all(link["tokens"] > 0 for link in router["links"])
+    table = run_ep("status", environment=server.environment)
+    assert table.returncode == 0 and "round trips" in table.stdout
+
+
+def test_together_as_alone(server: Served) -> None:
+    alone = [stream(server, f"Tell me of number {i}: ") for i in range(4)]
+    assert streams(server)[:4] == alone
+
+
+def test_killed_shard_under_load(server: Served) -> None:
+    wanted = streams(server)
+    victim = server.status()["shards"][1]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(streams, server)
+        time.sleep(0.5)
+        os.kill(victim["pid"], signal.SIGKILL)
+        assert running.result() == wanted
+    status = server.status()
+    assert status["shards"][1]["pid"] != victim["pid"] and status["shards"][1]["restart_seconds"]
+    (gap,) = status["routers"][0]["recoveries"]
+    assert gap["shard_idx"] == 1 and gap["seconds"] > 0
+
+
+def test_shard_that_cannot_come_back(tmp_path: Path) -> None:
+    """Its requests end with an error that names it, the server lives, and serves again once the cause is mended."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(cached_checkpoint(load_preset("mixtral-8x7b")), checkpoint)
+    arguments = ("--address", "local", "--deadline", "20", "--", "--max-model-len", "512")
+    with serve(str(checkpoint), *arguments, folder=tmp_path) as server:
+        ask = {"model": str(checkpoint), "prompt": "Once", "max_tokens": 16, "temperature": 0}
+        talk = OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=60)
+        wanted = talk.completions.create(**ask).choices[0].text
+        hidden = checkpoint.with_name("hidden")
+        checkpoint.rename(hidden)
+        os.kill(server.status()["shards"][0]["pid"], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(APIStatusError) as failed:
+            talk.completions.create(**ask)
+        assert time.monotonic() - start < 40
+        assert "shard 0" in json.dumps(failed.value.body)
+        assert server.get("/health") == ""
+        hidden.rename(checkpoint)
+        deadline = time.monotonic() + 60
+        while server.status()["shards"][0]["state"] != "up":
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert talk.completions.create(**ask).choices[0].text == wanted

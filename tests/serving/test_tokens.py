@@ -1,0 +1,48 @@
+"""Greedy tokens with experts on shards against native vLLM's on the same dequantised weights."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from ep.checkpoint import write_dequantized
+from ep.model import load_preset
+from ep.synthetic import cached_checkpoint
+from tests.serving.generate import NUM_TOKENS, Case, native, routed
+
+NUM_PROMPTS = 32
+TIE = 0.02
+"""A difference of log probabilities that rounding may turn around."""
+MAX_TIES = 0.02
+CASES = [
+    *(Case(num_shards, transport) for num_shards in (1, 2, 4) for transport in ("local", "unix", "tcp")),
+    Case(2, "unix", together=False),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("preset_name", ["deepseek-v3", "mixtral-8x7b"])
+def test_greedy_tokens_equal_native(preset_name: str, tmp_path: Path) -> None:
+    checkpoint = cached_checkpoint(load_preset(preset_name))
+    write_dequantized(checkpoint, tmp_path / "bf16")
+    prompts = _prompts()
+    wanted = native(tmp_path / "bf16", prompts)
+    found = routed(checkpoint, prompts, CASES, tmp_path)
+    assert len({tuple(w.tokens) for w in wanted}) == NUM_PROMPTS, "the model says the same to every prompt"
+    num_ties = 0
+    for case, tokens_of_prompt in zip(CASES, found, strict=True):
+        for prompt_idx, (tokens, want) in enumerate(zip(tokens_of_prompt, wanted, strict=True)):
+            assert len(tokens) == NUM_TOKENS
+            first = next((i for i, pair in enumerate(zip(tokens, want.tokens)) if pair[0] != pair[1]), None)
+            if first is not None:
+                assert want.gaps[first] < TIE, f"{case}, prompt {prompt_idx}: no tie at token {first}"
+                num_ties += 1
+    assert num_ties <= MAX_TIES * NUM_PROMPTS * len(CASES), f"{num_ties} continuations part at a tie"
+
+
+def _prompts() -> list[list[int]]:
+    """Random text of 4 to 40 tokens; the stand-ins' vocabularies start with special tokens."""
+    pick = random.Random(0)
+    return [[pick.randrange(16, 256) for _ in range(pick.randint(4, 40))] for _ in range(NUM_PROMPTS)]
