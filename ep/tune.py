@@ -1,8 +1,9 @@
 """`ep tune`: the best tile for each shape and number of tokens, measured on this machine's GPUs.
 
-Each (slots, tokens) is one task: every candidate that can work is timed as the whole op in a captured graph, under even and
-drawn routing. Results are appended to a journal as they come, so an interrupted run goes on where it stopped; several GPUs
-take tasks in parallel through Ray. At the end the files are written, unless what they hold was measured to be better.
+Each (slots, tokens) is one task: every candidate that can work is timed as the whole op in a captured graph, under
+even and drawn routing. Results are appended to a journal as they come, so an interrupted run goes on where it
+stopped; several GPUs take tasks in parallel through Ray. At the end the files are written, unless what they hold was
+measured to be better.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def candidates(rows_per_slot: float, device: Device, quantized: bool) -> list[Ti
     for block_m in sizes:
         base = default_config(block_m, device, quantized)
         for group_m in (1,) if rows_per_slot <= 4 else (1, 4, 16):
-            for warps in (4, 8) if device.is_amd or block_m == 64 else (base.num_warps,):
+            for warps in (base.num_warps,) if device.is_hopper and quantized else (4, 8):
                 for waves in (0, 2) if device.is_amd else (0,):
                     tile = (base.block_m, base.block_n, base.block_k, group_m, warps, base.num_stages, waves)
                     found.append(TileConfig(*tile, base.matrix_instr_nonkdim, base.kpack))
@@ -129,7 +130,8 @@ def read_journal(path: Path) -> list[Measured]:
 
 
 def write_file(folder: Path, shape: ExpertShape, device: Device, results: list[Measured]) -> set[int]:
-    """Writes one shape's file and its provenance. Returns the numbers of tokens whose old entry was better and stays."""
+    """Writes one shape's file and its provenance. Returns the numbers of tokens whose old entry was better and
+    stays."""
     path = folder / file_name(results[0].slots, shape.intermediate, device.name, shape.quantized)
     entries: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.is_file() else {}
     measured: dict[str, dict[str, float]] = read_provenance(path).get("measured_us", {})
@@ -213,7 +215,8 @@ def _measure_in_parallel(tasks: list[tuple[int, int]], largest: ExpertShape) -> 
         ray.init(include_dashboard=False, log_to_driver=False)
     remote: Any = ray.remote(num_gpus=1)(Tuner)
     idle = [remote.remote(largest) for _ in range(torch.cuda.device_count())]
-    waiting, running = list(tasks), {}
+    waiting = list(tasks)
+    running: dict[Any, Any] = {}
     try:
         while waiting or running:
             while waiting and idle:

@@ -1,8 +1,8 @@
 """Which accelerator this is, under the name that tuned config files carry.
 
-NVIDIA's names are the driver's. AMD's marketing names are not to be trusted: one MI308X reports `AMD_Instinct_MI300X_OAM`,
-`AMD_Instinct_MI308X_OAM` or `AMD_Radeon_Graphics` from host to host. The PCI device id decides where it can be read, the
-number of compute units otherwise.
+NVIDIA's names are the driver's. AMD's marketing names are not to be trusted: one MI308X reports
+`AMD_Instinct_MI300X_OAM`, `AMD_Instinct_MI308X_OAM` or `AMD_Radeon_Graphics` from host to host. The PCI device id
+decides where it can be read, the number of compute units otherwise.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Device:
 
 @cache
 def current_device(index: int | None = None) -> Device:
-    """The device that torch calls cuda:`index` (the current one by default). Raises RuntimeError where there is none."""
+    """The device that torch calls cuda:`index` (the current one by default). Raises RuntimeError where there is
+    none."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     return identify(properties, pci_id=read_pci_id(properties))
 

@@ -2,9 +2,9 @@
 
 Shapes: T tokens (capacity of the call), K choices per token, L MoE layers, E slots, H hidden, N intermediate.
 
-No host synchronisation: the layer index, the number of tokens and the slot counts are read on the device, and all layers'
-weights lie in one stacked tensor, so one captured graph per token capacity serves every layer. Launches: permute (sorts and
-quantises), two grouped GEMMs and, when K is above 1, the sum over a token's choices.
+No host synchronisation: the layer index, the number of tokens and the slot counts are read on the device, and all
+layers' weights lie in one stacked tensor, so one captured graph per token capacity serves every layer. Launches:
+permute (sorts and quantises), two grouped GEMMs and, when K is above 1, the sum over a token's choices.
 """
 
 from __future__ import annotations
@@ -153,10 +153,10 @@ def fused_moe(
 ) -> torch.Tensor:
     """out[t] = sum over k of topk_weights[t, k] * expert(slot_ids[t, k])(x[t]), for the first num_tokens tokens.
 
-    x [T, H] bf16, or Quantized with q [T, H] e4m3 and scale_inv [T, H/128] float32; slot_ids [T, K] int32, -1 for a choice
-    that another shard serves; topk_weights [T, K] float32; layer_idx and num_tokens [1] int32 on the device; out [T, H]
-    bf16. A token without a choice here gets zeros; rows of out past num_tokens are left alone. config and device default
-    to the tuned tile for T tokens and to where x is.
+    x [T, H] bf16, or Quantized with q [T, H] e4m3 and scale_inv [T, H/128] float32; slot_ids [T, K] int32, -1 for a
+    choice that another shard serves; topk_weights [T, K] float32; layer_idx and num_tokens [1] int32 on the device;
+    out [T, H] bf16. A token without a choice here gets zeros; rows of out past num_tokens are left alone. config and
+    device default to the tuned tile for T tokens and to where x is.
 
     Raises ValueError for operands of other shapes or types. Twin: `reference.experts_forward`.
     """
@@ -259,11 +259,11 @@ def _launch(
         workspace.num_blocks, layer_idx, 0 if row_scales is None else row_scales.stride(0),
         0 if out_scales is None else out_scales.stride(0), num_slots, plan.group_m,
     )  # fmt: skip
-    constants: dict[str, Any] = dict(
-        WEIGHT_ROWS=weight_rows, K=k, OUT_COLUMNS=out_columns, BLOCK_M=plan.block_m, SWIGLU=swiglu, SWAP=plan.swap,
-        STAGES=plan.stages, FP8_MAX=fp8_max(weight.dtype) if quantized else 0.0, MIN_AMAX=MIN_AMAX,
-        num_warps=plan.num_warps,
-    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "WEIGHT_ROWS": weight_rows, "K": k, "OUT_COLUMNS": out_columns, "BLOCK_M": plan.block_m, "SWIGLU": swiglu,
+        "SWAP": plan.swap, "STAGES": plan.stages, "FP8_MAX": fp8_max(weight.dtype) if quantized else 0.0, "MIN_AMAX":
+        MIN_AMAX, "num_warps": plan.num_warps,
+    }  # fmt: skip
     pdl = device.has_tma and out.is_cuda
     if pdl:
         constants["launch_pdl"] = True
@@ -304,7 +304,7 @@ def _launch_hopper(
 
     early = not constants["SWIGLU"] and plan.stages * plan.stage_steps <= constants["K"] // SCALE_BLOCK
     grouped_gemm_hopper_kernel[(programs,)](
-        describe(rows, [plan.block_m // plan.consumers, SCALE_BLOCK]), operands[0],
-        describe(weight, [SCALE_BLOCK, SCALE_BLOCK]), *operands[1:],
+        describe(rows, [plan.block_m // (1 if plan.swap else plan.consumers), SCALE_BLOCK]), operands[0],
+        describe(weight, [SCALE_BLOCK // (plan.consumers if plan.swap else 1), SCALE_BLOCK]), *operands[1:],
         CONSUMERS=plan.consumers, STAGE_STEPS=plan.stage_steps, EARLY=early, **constants,
     )  # fmt: skip

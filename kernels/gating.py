@@ -50,9 +50,9 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: GateRule) -> Ro
         experts = triton.next_power_of_2(num_experts)
         _route_kernel[(num_tokens,)](
             logits, bias, topk_ids, topk_weights, logits.stride(0), num_experts, rule.routed_scaling_factor,
-            EXPERTS=experts, GROUPS=groups, GROUP_SIZE=experts // groups, TOPK_GROUPS=rule.topk_groups, TOP_K=rule.top_k,
-            K_PAD=triton.next_power_of_2(rule.top_k), SIGMOID=rule.scoring == "sigmoid", HAS_BIAS=bias is not None,
-            RENORMALIZE=rule.norm_topk_prob, num_warps=1,
+            EXPERTS=experts, GROUPS=groups, GROUP_SIZE=experts // groups, TOPK_GROUPS=rule.topk_groups,
+            TOP_K=rule.top_k, K_PAD=triton.next_power_of_2(rule.top_k), SIGMOID=rule.scoring == "sigmoid",
+            HAS_BIAS=bias is not None, RENORMALIZE=rule.norm_topk_prob, num_warps=1,
         )  # fmt: skip
     return Routing(topk_ids, topk_weights)
 

@@ -1,7 +1,8 @@
 """From a tuned tile to a launch: which body runs a grouped GEMM on this device, and with which constants.
 
-The tuned files have one tile for both GEMMs and no word for what only some bodies know (TMA, swapped operands, steps per
-stage), so the rest follows by rule from the tile, the shape and the device. The rules were measured; docs/benchmarks says how.
+The tuned files have one tile for both GEMMs and no word for what only some bodies know (TMA, swapped operands, steps
+per stage), so the rest follows by rule from the tile, the shape and the device. The rules were measured;
+docs/benchmarks says how.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ep.kernels.tuning import TileConfig
 SCALE_BLOCK = 128
 """Side of a weight's scale block, and the depth of one step of K with block scales."""
 
-HOPPER_BLOCKS = (16, 32, 128)
-"""Rows per block that the Hopper body is good at. At 64 one warp group has too many sums to hold, two too little to do."""
+HOPPER_BLOCKS = (16, 32, 64, 128)
+"""Rows per block that the Hopper body knows how to share out."""
 
 EPILOGUE_BYTES = 24 << 10
 """Shared memory to leave for the layout changes of an epilogue and for barriers."""
@@ -58,12 +59,15 @@ def plan_gemm(
     tile_pairs = out_columns % SCALE_BLOCK == 0 if swiglu else out_columns % (2 * SCALE_BLOCK) == 0
     if device.is_hopper and quantized and tile_pairs and config.block_m in HOPPER_BLOCKS and has_gluon():
         steps = k // SCALE_BLOCK
-        stage_steps = 2 if plan.swap and steps % 2 == 0 else 1
+        swap = plan.block_m <= 64
+        stage_steps = 2 if swap and steps % 2 == 0 else 1
         stage_bytes = stage_steps * (2 * plan.block_n + plan.block_m) * plan.block_k
         fitting = (device.shared_bytes - EPILOGUE_BYTES) // stage_bytes
         stages = max(2, min(config.num_stages // stage_steps, fitting, steps // stage_steps))
-        consumers = 2 if plan.block_m == 128 else 1
-        return replace(plan, hopper=True, num_warps=4, stages=stages, consumers=consumers, stage_steps=stage_steps)
+        consumers = 2 if plan.block_m >= 64 else 1
+        return replace(
+            plan, hopper=True, swap=swap, num_warps=4, stages=stages, consumers=consumers, stage_steps=stage_steps
+        )
     if device.is_amd:
         return plan
     stage_bytes = (plan.block_n * (2 if swiglu else 1) + plan.block_m) * plan.block_k * itemsize

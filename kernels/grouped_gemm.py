@@ -4,9 +4,10 @@ Shapes: R rows in slot order (see permute), E slots, H hidden, N intermediate, L
   gate_up: rows [R, H] x weights [L, E, 2N, H] -> silu(gate) * up, quantised again -> [R, N] and scales [N/128, R]
   down:    rows [R, N] x weights [L, E, H, N]  -> row weight * y -> [T * K, H] at the row's assignment
 
-For gate_up a program computes the gate and the up columns of the same BLOCK_N intermediate columns, so that SwiGLU and the
-next quantisation (one scale per 128 columns) finish in registers. With block scales each 128 columns of K are multiplied by
-the matrix unit and promoted to float32 with their scale, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3.2).
+For gate_up a program computes the gate and the up columns of the same BLOCK_N intermediate columns, so that SwiGLU
+and the next quantisation (one scale per 128 columns) finish in registers. With block scales each 128 columns of K
+are multiplied by the matrix unit and promoted to float32 with their scale, as in DeepSeek-V3 (arXiv 2412.19437,
+section 3.3.2).
 
 With few rows per slot the weights take the matrix unit's wide side (SWAP: W @ rows^T), and all that counts is to keep
 enough bytes in flight: reading the weights once is the floor.

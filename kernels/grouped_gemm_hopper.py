@@ -1,13 +1,15 @@
 """The block-FP8 grouped GEMM of `grouped_gemm` for Hopper, with warps that only load and warps that only compute.
 
-Shapes as in `grouped_gemm`. One program per multiprocessor walks over the tiles, each two 128-column tiles (gate and up, or
-two neighbours for down) of one block of rows. A producer warp keeps STAGES stages of K in flight with the copy engine
-(TMA), also across tiles, so the memory never waits for an epilogue.
+Shapes as in `grouped_gemm`. One program per multiprocessor walks over the tiles, each two 128-column tiles (gate and
+up, or two neighbours for down) of one block of rows. A producer warp keeps STAGES stages of K in flight with the
+copy engine (TMA), also across tiles, so the memory never waits for an epilogue.
 
 - Many rows per slot (BLOCK_M 128): two consumer warp groups take 64 rows each; while one promotes its partial sums to
   float32 the other has the matrix unit.
-- Few (BLOCK_M 16 or 32): one consumer takes all, the weights on the matrix unit's wide side, and a stage holds two steps of
-  K: 256 neighbouring bytes of each weight row, which the memory serves 3 to 4% faster than 128.
+- Few (BLOCK_M 16 or 32): one consumer takes all, the weights on the matrix unit's wide side, and a stage holds two
+  steps of K: 256 neighbouring bytes of each weight row, which the memory serves 3 to 4% faster than 128.
+- In between (BLOCK_M 64): the same, but two consumers with one half of each weight tile's rows each. For the next
+  quantisation's scale they tell each other their rows' largest magnitudes.
 
 The down GEMM is launched before the gate_up GEMM is done (programmatic dependent launch) and fetches weights meanwhile;
 only its rows wait. Written in Gluon, Triton's language for explicit layouts.
@@ -26,8 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Its name until Triton 3.6, and since.
+# Renamed in Triton 3.7.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.constexpr_function
@@ -47,23 +50,29 @@ def _tile_of(tile, work, NUM_N: gl.constexpr):
 
 
 @gluon.jit
-def _load_weights(weight, weight_row, kb, barrier, weight_smem, stage, SECOND: gl.constexpr, STAGE_STEPS: gl.constexpr):
+def _load_weights(
+    weight, weight_row, kb, barrier, weight_smem, stage, SECOND: gl.constexpr, STAGE_STEPS: gl.constexpr,
+    PARTS: gl.constexpr,
+):  # fmt: skip
+    """Both tiles of a stage, each in PARTS parts of 128 / PARTS rows."""
     for tile in gl.static_range(2):
-        for j in gl.static_range(STAGE_STEPS):
-            buffer = weight_smem.index((stage * STAGE_STEPS + j) * 2 + tile)
-            _tma_load(weight, [weight_row + tile * SECOND, (kb + j) * 128], barrier, buffer)
+        for part in gl.static_range(PARTS):
+            row = weight_row + tile * SECOND + part * (128 // PARTS)
+            for j in gl.static_range(STAGE_STEPS):
+                buffer = weight_smem.index(((stage * STAGE_STEPS + j) * 2 + tile) * PARTS + part)
+                _tma_load(weight, [row, (kb + j) * 128], barrier, buffer)
 
 
 @gluon.jit
 def _produce(
     buffers, rows, weight, work, WEIGHT_ROWS: gl.constexpr, STEPS: gl.constexpr, STEP_N: gl.constexpr,
-    NUM_N: gl.constexpr, SECOND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    STAGE_STEPS: gl.constexpr, EARLY: gl.constexpr,
+    NUM_N: gl.constexpr, SECOND: gl.constexpr, ROW_PARTS: gl.constexpr, WEIGHT_PARTS: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, STAGE_STEPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The loading warp. With EARLY the first stages' weights are asked for before the rows exist."""
-    rows_smem, weight_smem, full, empty = buffers
+    rows_smem, weight_smem, full, empty, met, amax_smem = buffers
     num_tiles = work[1] * NUM_N
-    stage_bytes: gl.constexpr = (rows.block_type.nbytes * CONSUMERS + 2 * weight.block_type.nbytes) * STAGE_STEPS
+    stage_bytes: gl.constexpr = (BLOCK_M + 2 * 128) * 128 * STAGE_STEPS
     if EARLY:
         if gl.program_id(0) < num_tiles:
             column, matrix, row_start, row_end = _tile_of(gl.program_id(0), work, NUM_N)
@@ -71,7 +80,8 @@ def _produce(
             for stage in gl.static_range(STAGES):
                 barrier = full.index(stage)
                 mbarrier.expect(barrier, stage_bytes)
-                _load_weights(weight, weight_row, stage * STAGE_STEPS, barrier, weight_smem, stage, SECOND, STAGE_STEPS)
+                _load_weights(weight, weight_row, stage * STAGE_STEPS, barrier, weight_smem, stage, SECOND, STAGE_STEPS,
+                              WEIGHT_PARTS)  # fmt: skip
         gdc_wait()
     filled = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -83,11 +93,11 @@ def _produce(
             if (not EARLY) or filled >= STAGES:
                 mbarrier.wait(empty.index(stage), ((filled // STAGES) & 1) ^ 1)
                 mbarrier.expect(barrier, stage_bytes)
-                _load_weights(weight, weight_row, kb, barrier, weight_smem, stage, SECOND, STAGE_STEPS)
+                _load_weights(weight, weight_row, kb, barrier, weight_smem, stage, SECOND, STAGE_STEPS, WEIGHT_PARTS)
             for j in gl.static_range(STAGE_STEPS):
-                for c in gl.static_range(CONSUMERS):
-                    buffer = rows_smem.index((stage * STAGE_STEPS + j) * CONSUMERS + c)
-                    _tma_load(rows, [row_start + c * (BLOCK_M // CONSUMERS), (kb + j) * 128], barrier, buffer)
+                for part in gl.static_range(ROW_PARTS):
+                    buffer = rows_smem.index((stage * STAGE_STEPS + j) * ROW_PARTS + part)
+                    _tma_load(rows, [row_start + part * (BLOCK_M // ROW_PARTS), (kb + j) * 128], barrier, buffer)
             filled += 1
 
 
@@ -105,21 +115,24 @@ def _multiply(x, w, into, SWAP: gl.constexpr):
 def _consume(
     buffers, tensors, work, consumer: gl.constexpr, WEIGHT_ROWS: gl.constexpr, STEPS: gl.constexpr,
     STEP_N: gl.constexpr, NUM_N: gl.constexpr, SECOND: gl.constexpr, OUT_COLUMNS: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, STAGE_STEPS: gl.constexpr,
-    EARLY: gl.constexpr, SWAP: gl.constexpr, SWIGLU: gl.constexpr, FP8_MAX: gl.constexpr, MIN_AMAX: gl.constexpr,
+    ROW_PARTS: gl.constexpr, WEIGHT_PARTS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    STAGE_STEPS: gl.constexpr, EARLY: gl.constexpr, SWAP: gl.constexpr, SWIGLU: gl.constexpr, FP8_MAX: gl.constexpr,
+    MIN_AMAX: gl.constexpr,
 ):  # fmt: skip
-    """One computing warp group (4 warps): BLOCK_M / CONSUMERS rows of two 128-column tiles."""
-    M: gl.constexpr = BLOCK_M // CONSUMERS
-    N: gl.constexpr = 128
+    """One computing warp group (4 warps): its part of the rows, or of the columns of two 128-column tiles."""
+    M: gl.constexpr = BLOCK_M // ROW_PARTS
+    N: gl.constexpr = 128 // WEIGHT_PARTS
+    row_part: gl.constexpr = _choose(ROW_PARTS > 1, consumer, 0)
+    column_part: gl.constexpr = _choose(WEIGHT_PARTS > 1, consumer, 0)
     ACC_M: gl.constexpr = _choose(SWAP, N, M)
     ACC_N: gl.constexpr = _choose(SWAP, M, N)
     COLUMN_DIM: gl.constexpr = _choose(SWAP, 0, 1)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ACC_N, 32])
     row_layout: gl.constexpr = gl.SliceLayout(COLUMN_DIM, acc_layout)
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
     # With few rows there are registers for both tiles' partial sums at once.
     BOTH: gl.constexpr = ACC_M * ACC_N <= 4096
-    rows_smem, weight_smem, full, empty = buffers
+    rows_smem, weight_smem, full, empty, met, amax_smem = buffers
     (row_scales_ptr, weight_scales_ptr, out_ptr, out_scales_ptr, row_assignment_ptr, topk_weights_ptr, row_scale_stride,
      out_scale_stride) = tensors  # fmt: skip
     if EARLY:
@@ -127,10 +140,11 @@ def _consume(
     p0 = gl.zeros([ACC_M, ACC_N], gl.float32, acc_layout)
     p1 = p0
     used = 0
+    done = 0
     for tile in range(gl.program_id(0), work[1] * NUM_N, gl.num_programs(0)):
         tile_n, matrix, row_start, row_end = _tile_of(tile, work, NUM_N)
         column = tile_n * STEP_N
-        row_start += consumer * M
+        row_start += row_part * M
         row = row_start + gl.arange(0, M, row_layout)
         row_scale_ptr = row_scales_ptr + row
         scale_row = matrix * (WEIGHT_ROWS // 128) + column // 128
@@ -146,9 +160,10 @@ def _consume(
                 stage = used % STAGES
                 mbarrier.wait(full.index(stage), (used // STAGES) & 1)
                 for j in gl.static_range(STAGE_STEPS):
-                    x = rows_smem.index((stage * STAGE_STEPS + j) * CONSUMERS + consumer)
-                    w0 = weight_smem.index((stage * STAGE_STEPS + j) * 2)
-                    w1 = weight_smem.index((stage * STAGE_STEPS + j) * 2 + 1)
+                    step = stage * STAGE_STEPS + j
+                    x = rows_smem.index(step * ROW_PARTS + row_part)
+                    w0 = weight_smem.index(step * 2 * WEIGHT_PARTS + column_part)
+                    w1 = weight_smem.index((step * 2 + 1) * WEIGHT_PARTS + column_part)
                     s0 = gl.expand_dims(row_scale * scale0, COLUMN_DIM)
                     s1 = gl.expand_dims(row_scale * scale1, COLUMN_DIM)
                     p0_token = _multiply(x, w0, p0, SWAP)
@@ -173,8 +188,10 @@ def _consume(
                     else:
                         acc1 += p0 * s1
                 used += 1
-            _store_tile(acc0, acc1, tensors, row_start, row_end, tile_n, column, SECOND, OUT_COLUMNS, M, COLUMN_DIM,
-                        row_layout, store_layout, SWAP, SWIGLU, FP8_MAX, MIN_AMAX)  # fmt: skip
+            _store_tile(acc0, acc1, tensors, row_start, row_end, tile_n, column + column_part * N, met, amax_smem, done,
+                        column_part, WEIGHT_PARTS, SECOND, OUT_COLUMNS, M, N, COLUMN_DIM, row_layout, store_layout,
+                        SWAP, SWIGLU, FP8_MAX, MIN_AMAX)  # fmt: skip
+            done += 1
         else:
             # The block ends in the other consumer's rows: leave it the matrix unit.
             for kb in range(0, STEPS, STAGE_STEPS):
@@ -186,8 +203,9 @@ def _consume(
 
 @gluon.jit
 def _store_tile(
-    acc0, acc1, tensors, row_start, row_end, tile_n, column, SECOND: gl.constexpr, OUT_COLUMNS: gl.constexpr,
-    M: gl.constexpr, COLUMN_DIM: gl.constexpr, row_layout: gl.constexpr, store_layout: gl.constexpr,
+    acc0, acc1, tensors, row_start, row_end, tile_n, column, met, amax_smem, done, part: gl.constexpr,
+    WEIGHT_PARTS: gl.constexpr, SECOND: gl.constexpr, OUT_COLUMNS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    COLUMN_DIM: gl.constexpr, row_layout: gl.constexpr, store_layout: gl.constexpr,
     SWAP: gl.constexpr, SWIGLU: gl.constexpr, FP8_MAX: gl.constexpr, MIN_AMAX: gl.constexpr,
 ):  # fmt: skip
     """silu(acc0) * acc1, quantised; or both tiles times their rows' weights."""
@@ -195,18 +213,27 @@ def _store_tile(
      out_scale_stride) = tensors  # fmt: skip
     row = row_start + gl.arange(0, M, row_layout)
     store_row = row_start + gl.arange(0, M, gl.SliceLayout(1, store_layout))
-    columns = (column + gl.arange(0, 128, gl.SliceLayout(0, store_layout)))[None, :]
+    columns = (column + gl.arange(0, N, gl.SliceLayout(0, store_layout)))[None, :]
     mask = (store_row < row_end)[:, None]
     if SWIGLU:
         h = acc0 / (1.0 + gl.exp(-acc0)) * acc1
         amax = gl.maximum(gl.max(gl.abs(h), COLUMN_DIM), MIN_AMAX)
+        if WEIGHT_PARTS == 2:
+            # Two sets in turn: the other consumer may still read this tile's when this one writes the next tile's.
+            turn = done % 2
+            amax_smem.index(turn * 2 + part).store(amax)
+            _barrier()
+            mbarrier.arrive(met)
+            mbarrier.wait(met, turn)
+            amax = gl.maximum(amax, amax_smem.index(turn * 2 + 1 - part).load(row_layout))
         q = h * gl.expand_dims(FP8_MAX / amax, COLUMN_DIM)
         q = gl.minimum(gl.maximum(q, -FP8_MAX), FP8_MAX).to(out_ptr.dtype.element_ty)
         if SWAP:
             q = gl.permute(q, (1, 0))
         target = out_ptr + store_row.to(gl.int64)[:, None] * OUT_COLUMNS + columns
         gl.store(target, gl.convert_layout(q, store_layout), mask=mask)
-        gl.store(out_scales_ptr + tile_n * out_scale_stride + row, amax * (1.0 / FP8_MAX), mask=row < row_end)
+        if part == 0:
+            gl.store(out_scales_ptr + tile_n * out_scale_stride + row, amax * (1.0 / FP8_MAX), mask=row < row_end)
     else:
         assignment = gl.load(row_assignment_ptr + row, mask=row < row_end, other=0)
         row_weight = gl.load(topk_weights_ptr + assignment, mask=row < row_end, other=0.0)
@@ -216,7 +243,7 @@ def _store_tile(
         if out_ptr.dtype.element_ty == gl.float32:
             # Eight neighbouring lanes' or one quad's values fill a memory sector as they lie.
             n_layout: gl.constexpr = gl.SliceLayout(1 - COLUMN_DIM, row_layout.parent)
-            n = gl.expand_dims(column + gl.arange(0, 128, n_layout), 1 - COLUMN_DIM)
+            n = gl.expand_dims(column + gl.arange(0, N, n_layout), 1 - COLUMN_DIM)
             target = out_ptr + gl.expand_dims(assignment.to(gl.int64) * OUT_COLUMNS, COLUMN_DIM) + n
             valid = gl.expand_dims(row < row_end, COLUMN_DIM)
             gl.store(target, y0, mask=valid)
@@ -241,7 +268,12 @@ def grouped_gemm_hopper_kernel(
     SWIGLU: gl.constexpr, CONSUMERS: gl.constexpr, SWAP: gl.constexpr, STAGES: gl.constexpr, STAGE_STEPS: gl.constexpr,
     EARLY: gl.constexpr, FP8_MAX: gl.constexpr, MIN_AMAX: gl.constexpr,
 ):  # fmt: skip
-    """rows: descriptor of [R, K] in blocks of [BLOCK_M / CONSUMERS, 128]; weight: of [L * E * WEIGHT_ROWS, K] in [128, 128]."""
+    """rows: descriptor of [R, K], weight: of [L * E * WEIGHT_ROWS, K], in blocks of 128 columns of K.
+
+    Where two consumers share the rows, a block of rows has BLOCK_M / 2; where they share the weights, one has 64.
+    """
+    ROW_PARTS: gl.constexpr = _choose(SWAP, 1, CONSUMERS)
+    WEIGHT_PARTS: gl.constexpr = _choose(SWAP, CONSUMERS, 1)
     STEPS: gl.constexpr = K // 128
     STEP_N: gl.constexpr = _choose(SWIGLU, 128, 256)
     NUM_N: gl.constexpr = OUT_COLUMNS // STEP_N
@@ -250,18 +282,21 @@ def grouped_gemm_hopper_kernel(
         gdc_wait()
     gdc_launch_dependents()
     rows_smem = gl.allocate_shared_memory(
-        rows.dtype, [STAGES * STAGE_STEPS * CONSUMERS] + rows.block_type.shape, rows.layout
+        rows.dtype, [STAGES * STAGE_STEPS * ROW_PARTS] + rows.block_type.shape, rows.layout
     )
     weight_smem = gl.allocate_shared_memory(
-        weight.dtype, [STAGES * STAGE_STEPS * 2] + weight.block_type.shape, weight.layout
+        weight.dtype, [STAGES * STAGE_STEPS * 2 * WEIGHT_PARTS] + weight.block_type.shape, weight.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    amax_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mbarrier.init(met, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    buffers = (rows_smem, weight_smem, full, empty)
+    buffers = (rows_smem, weight_smem, full, empty, met, amax_smem)
     tensors = (row_scales_ptr, weight_scales_ptr, out_ptr, out_scales_ptr, row_assignment_ptr, topk_weights_ptr,
                row_scale_stride, out_scale_stride)  # fmt: skip
     work = (blocks_ptr, gl.load(num_blocks_ptr), group_m, gl.load(layer_idx_ptr) * num_slots)
@@ -269,12 +304,14 @@ def grouped_gemm_hopper_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (buffers, tensors, work, 0, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, OUT_COLUMNS, CONSUMERS,
-                            BLOCK_M, STAGES, STAGE_STEPS, EARLY, SWAP, SWIGLU, FP8_MAX, MIN_AMAX)),
-                (_consume, (buffers, tensors, work, 1, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, OUT_COLUMNS, CONSUMERS,
-                            BLOCK_M, STAGES, STAGE_STEPS, EARLY, SWAP, SWIGLU, FP8_MAX, MIN_AMAX)),
-                (_produce, (buffers, rows, weight, work, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, CONSUMERS, BLOCK_M,
-                            STAGES, STAGE_STEPS, EARLY)),
+                (_consume, (buffers, tensors, work, 0, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, OUT_COLUMNS,
+                            ROW_PARTS, WEIGHT_PARTS, BLOCK_M, STAGES, STAGE_STEPS, EARLY,
+                            SWAP, SWIGLU, FP8_MAX, MIN_AMAX)),
+                (_consume, (buffers, tensors, work, 1, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, OUT_COLUMNS,
+                            ROW_PARTS, WEIGHT_PARTS, BLOCK_M, STAGES, STAGE_STEPS, EARLY,
+                            SWAP, SWIGLU, FP8_MAX, MIN_AMAX)),
+                (_produce, (buffers, rows, weight, work, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, ROW_PARTS,
+                            WEIGHT_PARTS, BLOCK_M, STAGES, STAGE_STEPS, EARLY)),
             ],
             [4, 1],
             [240, 24],
@@ -282,10 +319,11 @@ def grouped_gemm_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (buffers, tensors, work, 0, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, OUT_COLUMNS, CONSUMERS,
-                            BLOCK_M, STAGES, STAGE_STEPS, EARLY, SWAP, SWIGLU, FP8_MAX, MIN_AMAX)),
-                (_produce, (buffers, rows, weight, work, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, CONSUMERS, BLOCK_M,
-                            STAGES, STAGE_STEPS, EARLY)),
+                (_consume, (buffers, tensors, work, 0, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, OUT_COLUMNS,
+                            ROW_PARTS, WEIGHT_PARTS, BLOCK_M, STAGES, STAGE_STEPS, EARLY,
+                            SWAP, SWIGLU, FP8_MAX, MIN_AMAX)),
+                (_produce, (buffers, rows, weight, work, WEIGHT_ROWS, STEPS, STEP_N, NUM_N, SECOND, ROW_PARTS,
+                            WEIGHT_PARTS, BLOCK_M, STAGES, STAGE_STEPS, EARLY)),
             ],
             [1],
             [40],

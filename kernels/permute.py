@@ -1,11 +1,12 @@
-"""Tokens in slot order: the rows that the grouped GEMMs read, and the table of row blocks that tells which slot owns them.
+"""Tokens in slot order: the rows that the grouped GEMMs read, and the table of row blocks that tells which slot owns
+them.
 
 Shapes: T tokens, K choices per token, E slots, H hidden, R = T * K rows at most, B row blocks at most.
 
-Rows are compact: slot e owns rows [start_e, start_e + count_e), with no padding between slots. A GEMM tile reads block_m
-rows from its block's first row; the rows past the block's end belong to the next slot and their results are dropped.
-Everything is decided on the device (no host synchronisation), and the order within a slot is the assignments' order, so
-equal inputs give equal bits.
+Rows are compact: slot e owns rows [start_e, start_e + count_e), with no padding between slots. A GEMM tile reads
+block_m rows from its block's first row; the rows past the block's end belong to the next slot and their results are
+dropped. Everything is decided on the device (no host synchronisation), and the order within a slot is the
+assignments' order, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def permute_tokens(
 
     x [T, H] (bf16, or e4m3 with x_scales [T, H/128]); slot_ids [T, K] int32, -1 = not here; num_tokens [1] int32.
     Writes rows [>=R, H], row_scales [H/128, >=R] (transposed: a GEMM step reads one column block of many rows),
-    row_assignment [>=R] int32 (t * K + k), blocks [B, 4] int32, num_blocks [1] int32; scratch: counts [chunks, E], position
-    [T * K]. With zero_out [T, H], tokens without a row here get zeros there (only asked for when K is 1).
+    row_assignment [>=R] int32 (t * K + k), blocks [B, 4] int32, num_blocks [1] int32; scratch: counts
+    [chunks, E], position [T * K]. With zero_out [T, H], tokens without a row here get zeros there (only
+    asked for when K is 1).
     """
     capacity, top_k = slot_ids.shape
     num_assignments = capacity * top_k
@@ -127,8 +129,9 @@ def _count_kernel(slot_ids_ptr, num_tokens_ptr, counts_ptr, top_k, num_slots,
 
 
 @triton.jit(do_not_specialize=["top_k", "num_slots", "max_blocks", "num_chunks", "block_m"])
-def _place_kernel(slot_ids_ptr, num_tokens_ptr, counts_ptr, position_ptr, row_assignment_ptr, blocks_ptr, num_blocks_ptr,
-                  top_k, num_slots, max_blocks, num_chunks, block_m, CHUNK: tl.constexpr, STEP: tl.constexpr,
+def _place_kernel(slot_ids_ptr, num_tokens_ptr, counts_ptr, position_ptr, row_assignment_ptr, blocks_ptr,
+                  num_blocks_ptr, top_k, num_slots, max_blocks,
+                  num_chunks, block_m, CHUNK: tl.constexpr, STEP: tl.constexpr,
                   SLOTS: tl.constexpr):  # fmt: skip
     """position[i]: the row of assignment i, or -1. Program 0 also writes the block table."""
     chunk = tl.program_id(0)

@@ -2,8 +2,8 @@
 
 Shapes: T tokens, H columns. A value is `code * scale`, and `scale = max(|x|) / FP8_MAX` over the 128 columns.
 
-NVIDIA and gfx950 compute with e4m3fn (maximum 448), gfx942 with e4m3fnuz (maximum 240, exponent bias 8 instead of 7, and
-the code 0x80, which is -0 in e4m3fn, is its NaN). Checkpoints are e4m3fn: `to_fnuz` converts weights once, exactly.
+NVIDIA and gfx950 compute with e4m3fn (maximum 448), gfx942 with e4m3fnuz (maximum 240, exponent bias 8 instead of 7,
+and the code 0x80, which is -0 in e4m3fn, is its NaN). Checkpoints are e4m3fn: `to_fnuz` converts weights once, exactly.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def to_fnuz(weight: torch.Tensor, scale_inv: torch.Tensor) -> Quantized:
     """An e4m3fn tensor and its block scales -> e4m3fnuz and scales that stand for exactly the same values.
 
     The same code means half as much in e4m3fnuz (its bias is one higher), so the scale doubles. Two codes have no such
-    twin: 0x80 (-0 becomes +0, because fnuz reads it as NaN) and 0x7f / 0xff (NaN becomes fnuz's one NaN, 0x80; their bits
-    would be the finite +-240).
+    twin: 0x80 (-0 becomes +0, because fnuz reads it as NaN) and 0x7f / 0xff (NaN becomes fnuz's one NaN, 0x80; their
+    bits would be the finite +-240).
     """
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"to_fnuz: weight dtype is {weight.dtype}, expected float8_e4m3fn")

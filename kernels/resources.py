@@ -32,7 +32,8 @@ LARGE = ("weight",)
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel. lds and scratch in bytes; vgprs and spilled registers per thread; counts of instructions."""
+    """Of one compiled kernel. lds and scratch in bytes; vgprs and spilled registers per thread; counts of
+    instructions."""
 
     lds: int
     vgprs: int
@@ -58,19 +59,19 @@ def compile_for_amd(
     """Compiles the gate_up (swiglu) or down GEMM of experts [2N, H] and [H, N] for gfx942 or gfx950."""
     quantized = dtype.itemsize == 1
     k, weight_rows = (hidden, 2 * intermediate) if swiglu else (intermediate, hidden)
-    constants = dict(
-        WEIGHT_ROWS=weight_rows, K=k, OUT_COLUMNS=intermediate if swiglu else hidden, BLOCK_M=config.block_m,
-        BLOCK_N=SCALE_BLOCK if quantized else config.block_n, BLOCK_K=SCALE_BLOCK if quantized else config.block_k,
-        QUANTIZED=quantized, SWIGLU=swiglu, SWAP=False, TMA=False, PDL=False, SCALE_BLOCK=SCALE_BLOCK,
-        FP8_MAX=fp8_max(dtype) if quantized else 0.0, MIN_AMAX=MIN_AMAX, STAGES=config.num_stages,
-    )  # fmt: skip
+    constants = {
+        "WEIGHT_ROWS": weight_rows, "K": k, "OUT_COLUMNS": intermediate if swiglu else hidden, "BLOCK_M":
+        config.block_m, "BLOCK_N": SCALE_BLOCK if quantized else config.block_n, "BLOCK_K": SCALE_BLOCK if quantized
+        else config.block_k, "QUANTIZED": quantized, "SWIGLU": swiglu, "SWAP": False, "TMA": False, "PDL": False,
+        "SCALE_BLOCK": SCALE_BLOCK, "FP8_MAX": fp8_max(dtype) if quantized else 0.0, "MIN_AMAX": MIN_AMAX, "STAGES":
+    config.num_stages, }  # fmt: skip
     value = TRITON_NAMES[dtype]
-    types = dict(
-        rows=f"*{value}", row_scales_ptr="*fp32", weight=f"*{value}", weight_scales_ptr="*fp32",
-        out_ptr=f"*{value}" if swiglu else "*bf16", out_scales_ptr="*fp32", row_assignment_ptr="*i32",
-        topk_weights_ptr="*fp32", blocks_ptr="*i32", num_blocks_ptr="*i32", layer_idx_ptr="*i32",
-        row_scale_stride="i32", out_scale_stride="i32", num_slots="i32", group_m="i32",
-    )  # fmt: skip
+    types = {
+        "rows": f"*{value}", "row_scales_ptr": "*fp32", "weight": f"*{value}", "weight_scales_ptr": "*fp32",
+        "out_ptr": f"*{value}" if swiglu else "*bf16", "out_scales_ptr": "*fp32", "row_assignment_ptr": "*i32",
+        "topk_weights_ptr": "*fp32", "blocks_ptr": "*i32", "num_blocks_ptr": "*i32", "layer_idx_ptr": "*i32",
+        "row_scale_stride": "i32", "out_scale_stride": "i32", "num_slots": "i32", "group_m": "i32",
+    }  # fmt: skip
     names = grouped_gemm_kernel.arg_names
     attributes = {}
     for position, name in enumerate(names):
@@ -83,10 +84,10 @@ def compile_for_amd(
         constexprs=constants,
         attrs=attributes,
     )
-    options = dict(
-        num_warps=config.num_warps, num_stages=config.num_stages, waves_per_eu=config.waves_per_eu,
-        matrix_instr_nonkdim=config.matrix_instr_nonkdim, kpack=config.kpack or 1,
-    )  # fmt: skip
+    options = {
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "waves_per_eu": config.waves_per_eu,
+        "matrix_instr_nonkdim": config.matrix_instr_nonkdim, "kpack": config.kpack or 1,
+    }  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("hip", arch, 64), options=options)
     return _read(compiled.asm["amdgcn"], compiled.metadata.shared)
 

@@ -2,9 +2,9 @@
 
 Names and keys are vLLM's, so that either project reads the other's files (VLLM_TUNED_CONFIG_FOLDER):
 `E={slots},N={moe_intermediate},device_name={name},dtype=fp8_w8a8,block_shape=[128,128].json`, and in it, per number of
-tokens, BLOCK_SIZE_M/N/K, GROUP_SIZE_M, num_warps and num_stages, on AMD also waves_per_eu, matrix_instr_nonkdim and kpack.
-What was measured, on what and when lies beside it in `*.provenance.json`, because vLLM's reader takes every key for a
-number of tokens. A number of tokens counts the rows that reach the shard: T tokens with about one slot each.
+tokens, BLOCK_SIZE_M/N/K, GROUP_SIZE_M, num_warps and num_stages, on AMD also waves_per_eu, matrix_instr_nonkdim and
+kpack. What was measured, on what and when lies beside it in `*.provenance.json`, because vLLM's reader takes every
+key for a number of tokens. A number of tokens counts the rows that reach the shard: T tokens with about one slot each.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ USER_FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 FILE_NAME = re.compile(
     r"E=(?P<slots>\d+),N=(?P<inter>\d+),device_name=(?P<device>[^,]+)(?P<fp8>,dtype=fp8_w8a8,block_shape=\[128,128\])?\.json"
 )
+UNEVEN = 1.5
+"""How many times the mean a slot's rows may be for the rule's block to hold them."""
+
 REQUIRED_KEYS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 AMD_KEYS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
 IGNORED_KEYS = ("SPLIT_K",)
@@ -42,7 +45,8 @@ IGNORED_KEYS = ("SPLIT_K",)
 class TileConfig:
     """Rows, columns and depth of a tile, row blocks that sweep the columns together, warps and pipeline stages.
 
-    The last three are AMD's: waves per SIMD to aim for (0 = the compiler's choice), the MFMA instruction's size, its K pack.
+    The last three are AMD's: waves per SIMD to aim for (0 = the compiler's choice), the MFMA instruction's size, its
+    K pack.
     """
 
     block_m: int
@@ -75,7 +79,7 @@ class TileConfig:
         amd = (self.waves_per_eu, self.matrix_instr_nonkdim, self.kpack)
         return {
             **dict(zip(REQUIRED_KEYS, shared)),
-            **({key: value for key, value in zip(AMD_KEYS, amd)} if self.kpack else {}),
+            **(dict(zip(AMD_KEYS, amd)) if self.kpack else {}),
         }
 
 
@@ -137,15 +141,15 @@ def default_table(num_slots: int, device: Device, quantized: bool = True) -> Tun
 
 
 def default_config(rows_per_slot: float, device: Device, quantized: bool = True) -> TileConfig:
-    """The rule's choice. Its numbers of warps and stages are those that fit: see `fused_moe.plan_gemm`."""
-    block_m = next((size for size in (16, 32, 64) if rows_per_slot <= size), 128)
+    """The rule's choice: the smallest row block that most slots need only one of."""
+    block_m = next((size for size in (16, 32, 64) if rows_per_slot * UNEVEN <= size), 128)
     block_k = 128 if quantized else 64
     group_m = 4 if block_m >= 64 else 1
+    warps = 8 if block_m == 128 or (block_m == 64 and (device.is_amd or device.is_hopper)) else 4
     if device.is_amd:
-        warps = 8 if block_m >= 64 else 4
         return TileConfig(block_m, 128, block_k, group_m, warps, 2, waves_per_eu=0, matrix_instr_nonkdim=16, kpack=2)
-    stages = {16: 6, 32: 6, 64: 3, 128: 4}[block_m] if device.is_hopper else 3
-    return TileConfig(block_m, 128, block_k, group_m, 8 if block_m == 128 else 4, stages)
+    stages = (6 if block_m <= 32 else 4) if device.is_hopper and quantized else 3
+    return TileConfig(block_m, 128, block_k, group_m, warps, stages)
 
 
 @cache

@@ -1,4 +1,5 @@
-"""What others do with the same experts and tokens, where they are installed: vLLM's Triton kernel and DeepGEMM's GEMMs."""
+"""What others do with the same experts and tokens, where they are installed: vLLM's Triton kernel and DeepGEMM's
+GEMMs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ def vllm_fused_moe(case: MoeCase) -> Call | None:
     """vLLM's whole op (quantisation, sort, GEMMs, sum) with its own tuned config; None without vLLM."""
     if find_spec("vllm") is None:
         return None
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
@@ -24,10 +24,9 @@ def vllm_fused_moe(case: MoeCase) -> Call | None:
     if not weights.shape.quantized:
         return None
     assert weights.gate_up_scale_inv is not None and weights.down_scale_inv is not None
-    with set_current_vllm_config(VllmConfig()):
-        quant = fp8_w8a8_moe_quant_config(
-            w1_scale=weights.gate_up_scale_inv[0], w2_scale=weights.down_scale_inv[0], block_shape=[128, 128]
-        )
+    quant = fp8_w8a8_moe_quant_config(
+        w1_scale=weights.gate_up_scale_inv[0], w2_scale=weights.down_scale_inv[0], block_shape=[128, 128]
+    )
 
     def call() -> torch.Tensor:
         return fused_experts(

@@ -1,12 +1,14 @@
 """`ep bench kernels`: the ops of a shard on this GPU, beside vLLM's kernel and DeepGEMM where they are installed.
 
-Everything is timed inside captured graphs, the baselines in the same run and in turns with ours, and set against what the
-device can do: bytes and operations that no kernel can save, over ceilings measured in this run.
+Everything is timed inside captured graphs, the baselines in the same run and in turns with ours, and set against
+what the device can do: bytes and operations that no kernel can save, over ceilings measured in this run.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep.bench.conditions import Conditions, conditions
-from ep.bench.kernel_baselines import deep_gemm, vllm_fused_moe
+from ep.bench.kernel_baselines import Call, deep_gemm, vllm_fused_moe
 from ep.bench.moe_case import ROUTINGS, MoeCase, random_weights, time_in_graph
 from ep.errors import OptionError
 from ep.kernels import gating, quant
@@ -33,8 +35,8 @@ ROTATE = 4
 
 @dataclass(frozen=True)
 class KernelBenchOptions:
-    """model: a preset's name or a directory with a config.json. slots: expert slots of the shard. tokens: rows that reach
-    it, one slot each. baselines: also vLLM and DeepGEMM, where installed."""
+    """model: a preset's name or a directory with a config.json. slots: expert slots of the shard. tokens: rows that
+    reach it, one slot each. baselines: also vLLM and DeepGEMM, where installed."""
 
     model: str = "deepseek-v3"
     slots: int = 32
@@ -45,7 +47,8 @@ class KernelBenchOptions:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One op at one size. us: ours; None where a baseline is not there. floor_us: the roofline, by this run's ceilings."""
+    """One op at one size. us: ours; None where a baseline is not there. floor_us: the roofline, by this run's
+    ceilings."""
 
     op: str
     tokens: int
@@ -68,7 +71,8 @@ class KernelBench:
 
 
 def run(options: KernelBenchOptions) -> KernelBench:
-    """Measures, prints a table and one JSON line. Raises OptionError without a GPU or for a shape no kernel supports."""
+    """Measures, prints a table and one JSON line. Raises OptionError without a GPU or for a shape no kernel
+    supports."""
     spec = _spec(options.model)
     if not torch.cuda.is_available():
         raise OptionError("ep bench kernels: this machine has no GPU that torch can use, expected one")
@@ -126,18 +130,27 @@ def _time_moe(
     shape = cases[0].weights.shape
     config = choose_config(shape, num_tokens, device)
     us = time_in_graph([partial(case.run, config, device) for case in cases])
-    others: dict[str, float | None] = {"vllm": None, "deep_gemm": None}
-    if options.baselines:
-        for name, make in (("vllm", vllm_fused_moe), ("deep_gemm", deep_gemm)):
-            calls = [call for case in cases if (call := make(case)) is not None]
-            others[name] = time_in_graph(calls) if calls else None
+    others = {
+        name: _time_baseline(name, make, cases) if options.baselines else None
+        for name, make in (("vLLM", vllm_fused_moe), ("DeepGEMM", deep_gemm))
+    }
     used = round(sum(len(case.slot_ids.unique()) for case in cases) / len(cases))
     work = fused_moe_work(shape, num_tokens, used, num_tokens)
     return KernelTime(
-        "fused_moe", num_tokens, routing, us, others["vllm"], others["deep_gemm"],
+        "fused_moe", num_tokens, routing, us, others["vLLM"], others["DeepGEMM"],
         ceilings.floor_us(work, shape.quantized), work.flops / us * 1e-6,
         f"{config.block_m}x{config.block_n}x{config.block_k} group {config.group_m}",
     )  # fmt: skip
+
+
+def _time_baseline(name: str, make: Callable[[MoeCase], Call | None], cases: list[MoeCase]) -> float | None:
+    """Microseconds; None where it is not installed, or fails for a reason of its own, which is printed."""
+    try:
+        calls = [call for case in cases if (call := make(case)) is not None]
+        return time_in_graph(calls) if calls else None
+    except Exception as error:
+        print(f"{name}: left out: {type(error).__name__}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        return None
 
 
 def _time_gating(num_tokens: int, spec: ModelSpec, ceilings: Ceilings) -> KernelTime:

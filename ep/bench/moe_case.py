@@ -17,7 +17,8 @@ from ep.kernels.fused_moe import SCALE_BLOCK, ExpertShape, ExpertWeights, Worksp
 from ep.kernels.tuning import TileConfig
 
 ROUTINGS = ("even", "drawn")
-"""even: every slot gets the same number of rows, within one. drawn: every row's slot is drawn, as a gate's load varies."""
+"""even: every slot gets the same number of rows, within one. drawn: every row's slot is drawn, as a gate's load
+varies."""
 
 REPLAYS = 5
 
@@ -58,8 +59,8 @@ class MoeCase:
 
     def run(self, config: TileConfig, device: Device) -> None:
         fused_moe(
-            self.x, self.weights, self.slot_ids, self.topk_weights, layer_idx=self.layer_idx, num_tokens=self.num_tokens,
-            out=self.out, workspace=self.workspace, config=config, device=device,
+            self.x, self.weights, self.slot_ids, self.topk_weights, layer_idx=self.layer_idx,
+            num_tokens=self.num_tokens, out=self.out, workspace=self.workspace, config=config, device=device,
         )  # fmt: skip
 
 

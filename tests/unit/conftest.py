@@ -7,6 +7,6 @@ from importlib.util import find_spec
 import torch
 
 if find_spec("triton") is not None and not torch.cuda.is_available():
-    from interpreter import install
+    from tests.unit.interpreter import install
 
     install()

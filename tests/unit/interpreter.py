@@ -1,7 +1,7 @@
 """Triton's interpreter, made right where Triton 3.6 to 3.9 is wrong.
 
-Its casts lose a rounding carry (float32 to FP8), truncate (float32 to bfloat16) and read NaN codes as numbers; 3.6 and 3.7
-lack e4m3fnuz; its dot multiplies bfloat16 as integers; its fma rounds twice.
+Its casts lose a rounding carry (float32 to FP8), truncate (float32 to bfloat16) and read NaN codes as numbers; 3.6
+and 3.7 lack e4m3fnuz; its dot multiplies bfloat16 as integers; its fma rounds twice.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _mend(interpreter: Any) -> None:
     def widened(handle: Any) -> Any:
         if handle.dtype.name != "bf16":
             return handle
-        return interpreter.TensorHandle(convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+        return interpreter.TensorHandle(
+            convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32
+        )
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return wrong_dot(self, widened(a), widened(b), *rest)

@@ -34,7 +34,12 @@ class Case:
 
 
 def make_case(
-    dtype: torch.dtype, num_layers: int = 2, num_slots: int = 4, hidden: int = 256, intermediate: int = 128, seed: int = 0
+    dtype: torch.dtype,
+    num_layers: int = 2,
+    num_slots: int = 4,
+    hidden: int = 256,
+    intermediate: int = 128,
+    seed: int = 0,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     gate_up = torch.randn(num_layers, num_slots, 2 * intermediate, hidden, generator=generator) * hidden**-0.5

@@ -1,4 +1,5 @@
-"""Every shipped MI300X and MI308X tile compiles for gfx942 without a GPU: FP8 in the matrix units, no spills, LDS that fits."""
+"""Every shipped MI300X and MI308X tile compiles for gfx942 without a GPU: FP8 in the matrix units, no spills, LDS
+that fits."""
 
 from __future__ import annotations
 

@@ -9,25 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Case, make_case, on_cpu
 
 from ep.kernels import permute, reference
 from ep.kernels.devices import Device
 from ep.kernels.fused_moe import HOST, ExpertShape, Workspace, fused_moe, supports
 from ep.kernels.quant import quantize_tokens
 from ep.kernels.tuning import TileConfig
+from tests.unit.kernel_cases import Case, make_case, on_cpu
 
 BLACKWELL = Device("NVIDIA_B200", "sm_100", units=148, shared_bytes=227 << 10)
 HOPPER = Device("NVIDIA_H200", "sm_90", units=132, shared_bytes=227 << 10)
 MI300X = Device("AMD_Instinct_MI300X", "gfx942", units=304, shared_bytes=64 << 10)
 SLOTS = 5
+SMALL = TileConfig(16)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # dropped rows compute on poison
 cached_case = cache(make_case)
 
 
 def run(
     case: Case, x: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor, *, layer: int = 0,
-    num_tokens: int | None = None, config: TileConfig = TileConfig(16), device: Device = HOST, prequantized: bool = False,
+    num_tokens: int | None = None, config: TileConfig = SMALL, device: Device = HOST, prequantized: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """One call with poisoned work space and output."""
     workspace = Workspace.allocate(case.weights, *slot_ids.shape)
@@ -84,7 +85,14 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     dropped=st.integers(0, 3),
 )
 def test_any_routing_gives_the_twins_sum(
-    dtype: torch.dtype, device: Device, block_m: int, group_m: int, top_k: int, layer: int, routing: list[int], dropped: int
+    dtype: torch.dtype,
+    device: Device,
+    block_m: int,
+    group_m: int,
+    top_k: int,
+    layer: int,
+    routing: list[int],
+    dropped: int,
 ) -> None:
     """Ids of -1 and past the last slot are other shards'; so are whole tokens past num_tokens."""
     case = cached_case(dtype, num_slots=SLOTS)
@@ -130,9 +138,7 @@ def test_tokens_quantised_by_the_sender_give_the_same_bits() -> None:
     assert torch.equal(*(run(case, x, slot_ids, topk_weights, prequantized=sent) for sent in (False, True)))
 
 
-@given(
-    counts=st.lists(st.integers(0, 200), min_size=1, max_size=20), block_m=st.sampled_from([16, 32, 64, 128])
-)
+@given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=20), block_m=st.sampled_from([16, 32, 64, 128]))
 def test_row_blocks_never_exceed_their_bound(counts: list[int], block_m: int) -> None:
     blocks = sum(-(-count // block_m) for count in counts)
     assert blocks <= permute.max_row_blocks(sum(counts), len(counts), block_m)
@@ -147,7 +153,11 @@ SHAPE = ExpertShape(58, 32, 7168, 2048, torch.float8_e4m3fn)
         (SHAPE, HOPPER, "ok"),
         (replace(SHAPE, dtype=torch.bfloat16), MI300X, "ok"),
         (replace(SHAPE, dtype=torch.float8_e4m3fnuz), MI300X, "ok"),
-        (SHAPE, MI300X, "weights are torch.float8_e4m3fn, AMD_Instinct_MI300X (gfx942) computes in torch.float8_e4m3fnuz"),
+        (
+            SHAPE,
+            MI300X,
+            "weights are torch.float8_e4m3fn, AMD_Instinct_MI300X (gfx942) computes in torch.float8_e4m3fnuz",
+        ),
         (replace(SHAPE, hidden=7100), HOPPER, "hidden size is 7100, expected a multiple of 128"),
         (replace(SHAPE, intermediate=2000), HOPPER, "intermediate size is 2000, expected a multiple of 128"),
         (replace(SHAPE, dtype=torch.float16), HOPPER, "weights are torch.float16, expected"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Rule, on_cpu
 
 from ep.kernels import gating, reference
+from tests.unit.kernel_cases import Rule, on_cpu
 
 DEEPSEEK = Rule(8, num_groups=8, topk_groups=4, routed_scaling_factor=2.5, scoring="sigmoid")
 RULES = (
@@ -21,9 +21,7 @@ RULES = (
 
 @on_cpu
 @settings(max_examples=20)
-@given(
-    case=st.sampled_from(RULES), num_tokens=st.integers(0, 5), has_bias=st.booleans(), seed=st.integers(0, 2**31)
-)
+@given(case=st.sampled_from(RULES), num_tokens=st.integers(0, 5), has_bias=st.booleans(), seed=st.integers(0, 2**31))
 def test_choices_and_weights_are_the_twins(case: tuple[int, Rule], num_tokens: int, has_bias: bool, seed: int) -> None:
     num_experts, rule = case
     generator = torch.Generator().manual_seed(seed)

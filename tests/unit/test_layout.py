@@ -39,8 +39,8 @@ LAYERS = (
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
         "commands",
-        ("ep.cli", "ep.serve", "ep.status", "ep.synth", "ep.bench", "ep.terminal", "ep.devices"),
-        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil"}),
+        ("ep.cli", "ep.serve", "ep.status", "ep.synth", "ep.bench", "ep.tune", "ep.terminal", "ep.devices"),
+        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton"}),
     ),
 )
 
@@ -53,9 +53,10 @@ ONLY = {
         "ep.cluster.router_actor",
         "ep.cluster.scheduler",
         "ep.cluster.worker",
+        "ep.bench.kernel_baselines",
         "ep.bench.vllm_client",
     ),
-    "ray": ("ep.cluster.*", "ep.status", "ep.bench.*"),
+    "ray": ("ep.cluster.*", "ep.status", "ep.bench.*", "ep.tune"),
 }
 
 

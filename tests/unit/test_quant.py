@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import on_cpu
 
 from ep.kernels import quant, reference
+from tests.unit.kernel_cases import on_cpu
 
 FLAVOURS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
