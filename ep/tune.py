@@ -30,7 +30,7 @@ from ep.errors import ClusterError, OptionError
 from ep.kernels.devices import Device, current_device
 from ep.kernels.fused_moe import ExpertShape, ExpertWeights, supports
 from ep.kernels.resources import compile_for_amd
-from ep.kernels.tuning import TileConfig, default_config, file_name, provenance_path, read_provenance
+from ep.kernels.tuning import TileConfig, default_config, default_tile, file_name, provenance_path, read_provenance
 from ep.model import ModelSpec, load_preset
 
 SLOTS = (4, 8, 9, 16, 18, 32, 33, 36, 64, 128, 256)
@@ -101,7 +101,7 @@ def candidates(rows_per_slot: float, device: Device, quantized: bool) -> list[Ti
     sizes = [size for size in (16, 32, 64, 128) if rule.block_m // 4 <= size <= 2 * rule.block_m]
     found = []
     for block_m in sizes:
-        base = default_config(block_m, device, quantized)
+        base = default_tile(block_m, device, quantized)
         for group_m in (1,) if rows_per_slot <= 4 else (1, 4, 16):
             for warps in (base.num_warps,) if device.is_hopper and quantized else (4, 8):
                 for waves in (0, 2) if device.is_amd else (0,):

@@ -14,7 +14,7 @@ import triton
 
 from ep.kernels.devices import Device
 from ep.kernels.resources import Resources, compile_for_amd
-from ep.kernels.tuning import TileConfig, default_config, file_name, provenance_path
+from ep.kernels.tuning import TileConfig, default_config, default_tile, file_name, provenance_path
 
 DEVICES = (
     Device("AMD_Instinct_MI300X", "gfx942", units=304, shared_bytes=64 << 10, pci_id=0x74A1),
@@ -31,7 +31,7 @@ def choose(rows_per_slot: float, device: Device, compiled: dict[TileConfig, tupl
     while (problem := find_problem(config, device, compiled)) is not None:
         if config.block_m == 16:
             raise RuntimeError(f"{device.name}: no tile compiles well: {problem}")
-        config = default_config(config.block_m // 2, device)
+        config = default_tile(config.block_m // 2, device)
     return config
 
 

@@ -142,7 +142,11 @@ def default_table(num_slots: int, device: Device, quantized: bool = True) -> Tun
 
 def default_config(rows_per_slot: float, device: Device, quantized: bool = True) -> TileConfig:
     """The rule's choice: the smallest row block that most slots need only one of."""
-    block_m = next((size for size in (16, 32, 64) if rows_per_slot * UNEVEN <= size), 128)
+    return default_tile(next((size for size in (16, 32, 64) if rows_per_slot * UNEVEN <= size), 128), device, quantized)
+
+
+def default_tile(block_m: int, device: Device, quantized: bool = True) -> TileConfig:
+    """The rest of a tile with row blocks of 16, 32, 64 or 128."""
     block_k = 128 if quantized else 64
     group_m = 4 if block_m >= 64 else 1
     warps = 8 if block_m == 128 or (block_m == 64 and (device.is_amd or device.is_hopper)) else 4

@@ -14,7 +14,7 @@ import torch
 from ep.kernels import gating, quant, reference
 from ep.kernels.devices import current_device
 from ep.kernels.fused_moe import ExpertShape, ExpertWeights, Workspace, fused_moe
-from ep.kernels.tuning import TileConfig, default_config
+from ep.kernels.tuning import TileConfig, default_tile
 
 BLOCKS = (16, 32, 64, 128)
 
@@ -119,7 +119,7 @@ def check(weights: ExpertWeights, num_tokens: int, top_k: int, config: TileConfi
 
 
 def tile(block_m: int, quantized: bool = True, group_m: int = 1) -> TileConfig:
-    return replace(default_config(block_m, current_device(), quantized), group_m=group_m)
+    return replace(default_tile(block_m, current_device(), quantized), group_m=group_m)
 
 
 @pytest.mark.parametrize("block_m", BLOCKS)
