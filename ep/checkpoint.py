@@ -1,37 +1,28 @@
 """Reads experts out of a Hugging Face checkpoint: only the tensors asked for, straight into the slots that keep them.
 
 Shape legend: P slots, H hidden, N intermediate, E logical experts of a layer.
-Files are read with pread into their destination rather than mapped: a shard's resident memory is its slots plus one
-matrix, and nothing of the file stays mapped.
+A shard's resident memory is its slots plus one matrix.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ep.config_keys import read_config
 from ep.errors import CheckpointError
-from ep.model import ModelSpec, TensorSpec, read_config
+from ep.model import ModelSpec, TensorSpec
 from ep.placement import EMPTY, Int32Array
+from ep.tensor_file import DTYPES, StoredTensor, read_header, read_into
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
 FP8 = torch.float8_e4m3fn
 
 OnProgress = Callable[[int, int], None]
@@ -64,17 +55,6 @@ class GateWeights:
     bias: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor in a safetensors file; `start` counts from the beginning of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
-
-
 class Checkpoint:
     """A directory with config.json and safetensors files, with or without an index.
 
@@ -84,7 +64,7 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.spec = ModelSpec.from_path(self.path)
-        self._headers: dict[Path, dict[str, _Entry]] = {}
+        self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._files = self._read_index()
 
     def check(self) -> None:
@@ -215,12 +195,12 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: no weight_map can be read: {type(error).__name__}: {error}") from error
 
-    def _header(self, file: Path) -> dict[str, _Entry]:
+    def _header(self, file: Path) -> dict[str, StoredTensor]:
         if file not in self._headers:
-            self._headers[file] = _read_header(file)
+            self._headers[file] = read_header(file)
         return self._headers[file]
 
-    def _entry(self, name: str, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> _Entry:
+    def _entry(self, name: str, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> StoredTensor:
         if name not in self._files:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
         file = self._files[name]
@@ -235,7 +215,7 @@ class Checkpoint:
             raise CheckpointError(f"{file}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
         return entry
 
-    def _matrix_entries(self, matrix: TensorSpec) -> tuple[_Entry, _Entry | None]:
+    def _matrix_entries(self, matrix: TensorSpec) -> tuple[StoredTensor, StoredTensor | None]:
         if matrix.scale_name is None:
             return self._entry(matrix.name, matrix.shape), None
         return (
@@ -243,9 +223,9 @@ class Checkpoint:
             self._entry(matrix.scale_name, matrix.scale_shape, "F32"),
         )
 
-    def _read(self, entry: _Entry) -> torch.Tensor:
+    def _read(self, entry: StoredTensor) -> torch.Tensor:
         out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        _pread(entry, out)
+        read_into(entry, out)
         return out
 
     def _read_matrix(self, matrix: TensorSpec, out: torch.Tensor) -> None:
@@ -253,7 +233,7 @@ class Checkpoint:
         entry, scale_entry = self._matrix_entries(matrix)
         if scale_entry is None:
             if out.dtype == DTYPES[entry.dtype]:
-                _pread(entry, out)
+                read_into(entry, out)
             else:
                 out.copy_(self._read(entry))
             return
@@ -267,8 +247,8 @@ class Checkpoint:
     def _read_quantized(self, matrix: TensorSpec, out: torch.Tensor, scale_out: torch.Tensor) -> None:
         entry, scale_entry = self._matrix_entries(matrix)
         assert scale_entry is not None
-        _pread(entry, out)
-        _pread(scale_entry, scale_out)
+        read_into(entry, out)
+        read_into(scale_entry, scale_out)
 
 
 def write_dequantized(source: str | Path, target: str | Path) -> None:
@@ -296,62 +276,6 @@ def write_dequantized(source: str | Path, target: str | Path) -> None:
 
 def write_index(path: Path, file_of: dict[str, str]) -> None:
     """Writes the index of the safetensors files in `path`: file_of[tensor name] is a file name."""
-    total = sum(entry.num_bytes for file in set(file_of.values()) for entry in _read_header(path / file).values())
+    total = sum(entry.num_bytes for file in set(file_of.values()) for entry in read_header(path / file).values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    """The tensors of a safetensors file: 8 bytes of header length, the header as JSON, then the data."""
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-            if length is None or 8 + length > size:
-                raise CheckpointError(f"{file}: truncated: {size} bytes do not hold its safetensors header")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        data = 8 + length
-        entries = {
-            name: _Entry(
-                file,
-                info["dtype"],
-                tuple(info["shape"]),
-                data + info["data_offsets"][0],
-                info["data_offsets"][1] - info["data_offsets"][0],
-            )
-            for name, info in header.items()
-        }
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file, though {INDEX_FILE} names it") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from error
-    for name, entry in entries.items():
-        if entry.start + entry.num_bytes > size:
-            end = max(e.start + e.num_bytes for e in entries.values())
-            raise CheckpointError(f"{file}: truncated: {size} bytes, expected {end} (the end of {name} is beyond it)")
-        if entry.dtype in DTYPES and entry.num_bytes != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
-            raise CheckpointError(
-                f"{file}: {name} has {entry.num_bytes} bytes, expected {entry.dtype} {list(entry.shape)}"
-            )
-    return entries
-
-
-def _pread(entry: _Entry, out: torch.Tensor) -> None:
-    """Fills a contiguous tensor of the entry's size with its bytes."""
-    assert out.is_contiguous() and out.numel() * out.itemsize == entry.num_bytes
-    view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
-    try:
-        fd = os.open(entry.file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < len(view):
-                count = os.preadv(fd, [view[done:]], entry.start + done)
-                if count == 0:
-                    raise CheckpointError(f"{entry.file}: ends before byte {entry.start + entry.num_bytes}")
-                done += count
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise CheckpointError(f"{entry.file}: {error}") from error

@@ -56,6 +56,7 @@ def cli() -> None:
 @click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--api-key", envvar="EP_API_KEY", help="Key that clients must send. [env: EP_API_KEY]")
+@click.option("--check", is_flag=True, help="Stop as soon as a first token has come back.")
 @click.option("--verbose", is_flag=True, help="Library logs on the terminal instead of in a file.")
 def serve(**options: Any) -> None:
     """Serve MODEL (a preset or a checkpoint's directory) with an OpenAI API; vLLM flags follow `--`."""
@@ -99,7 +100,7 @@ def synth(preset: str, folder: str, seed: int | None, zipf_exponent: float | Non
 @model.command("list")
 def list_models() -> None:
     """The presets that `ep serve` knows."""
-    from ep.model import list_presets
+    from ep.presets import list_presets
 
     for name in list_presets():
         click.echo(name)

@@ -1,27 +1,19 @@
 """What a Mixture-of-Experts model is, as far as serving its experts goes: dims, gating rule, tensor names and shapes.
 
 A `ModelSpec` is read from a Hugging Face config.json. Two families are known: `deepseek_v3` (DeepSeek-V3, V3.1, R1)
-and `mixtral` (8x7B, 8x22B). `Preset`s are the models that ep knows by name: configs/models/*.toml holds the published
-config of each and the changes that turn it into a small synthetic stand-in of the same architecture.
+and `mixtral` (8x7B, 8x22B).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from ep.config_keys import ConfigKeys, read_config
 from ep.errors import ModelError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Family = Literal["deepseek_v3", "mixtral"]
 
@@ -33,8 +25,6 @@ EXPERT_MATRICES = {
     "deepseek_v3": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("block_sparse_moe.experts", "w1", "w3", "w2"),
 }
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class ExpertTensors:
     up: TensorSpec
     down: TensorSpec
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[TensorSpec]:
         return iter((self.gate, self.up, self.down))
 
 
@@ -120,7 +110,7 @@ class ModelSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> ModelSpec:
         """The spec that a config.json describes; `source` names it in errors. Raises ModelError."""
-        keys = _Keys(config, source)
+        keys = ConfigKeys(config, source)
         architectures = config.get("architectures") or ["nothing"]
         family = FAMILY_OF_ARCHITECTURE.get(architectures[0])
         if family is None:
@@ -188,7 +178,8 @@ class ModelSpec:
             raise ModelError(f"{self.source}: none of the {self.num_layers} layers (num_hidden_layers) is a MoE layer")
         if self.num_experts % self.num_groups:
             raise ModelError(
-                f"{self.source}: n_routed_experts is {self.num_experts}, expected a multiple of n_group {self.num_groups}"
+                f"{self.source}: n_routed_experts is {self.num_experts}, "
+                f"expected a multiple of n_group {self.num_groups}"
             )
         if self.topk_groups > self.num_groups:
             raise ModelError(
@@ -202,177 +193,12 @@ class ModelSpec:
         candidates = self.num_experts // self.num_groups * self.topk_groups
         if self.top_k > candidates:
             raise ModelError(
-                f"{self.source}: num_experts_per_tok is {self.top_k}, expected at most the {candidates} experts to choose from"
+                f"{self.source}: num_experts_per_tok is {self.top_k}, "
+                f"expected at most the {candidates} experts to choose from"
             )
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A model that ep knows by name, and its synthetic stand-in: same architecture and file format, small dims.
-
-    `repo` is the Hugging Face repository whose config.json `config` repeats. `seed` and `zipf_exponent` (skew of expert
-    popularity) are the stand-in's defaults.
-    """
-
-    name: str
-    repo: str
-    config: Mapping[str, Any]
-    spec: ModelSpec
-    synthetic_config: Mapping[str, Any]
-    synthetic_spec: ModelSpec
-    seed: int
-    zipf_exponent: float
-
-
-def list_presets() -> list[str]:
-    """Names of the known presets, sorted."""
-    files = resources.files("ep").joinpath("configs", "models").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
-
-
-def load_preset(name: str) -> Preset:
-    """Raises ModelError for a name that is no preset, and for a preset file with missing or unknown keys."""
-    known = list_presets()
-    if name not in known:
-        raise ModelError(f"model is {name}, expected one of {', '.join(known)} or a directory with a config.json")
-    file = resources.files("ep").joinpath("configs", "models", f"{name}.toml")
-    return parse_preset(name, file.read_text(encoding="utf-8"), str(file))
-
-
-def parse_preset(name: str, text: str, source: str) -> Preset:
-    """The preset that a TOML text describes; `source` names it in errors. Raises ModelError."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ModelError(f"{source}: {error}") from error
-    keys = _Keys(table, source)
-    keys.only("repo", "config", "synthetic")
-    config = keys.get("config", dict)
-    synthetic = _Keys(keys.get("synthetic", dict), f"{source}: [synthetic]")
-    synthetic.only("seed", "zipf_exponent", "config")
-    changes = synthetic.get("config", dict)
-    family = FAMILY_OF_ARCHITECTURE.get((config.get("architectures") or ["nothing"])[0])
-    if family is not None:
-        _Keys(config, f"{source}: [config]").only(*CONFIG_KEYS[family])
-    synthetic_config = _merge(config, changes, f"{source}: [synthetic.config]")
-    return Preset(
-        name=name,
-        repo=keys.get("repo", str),
-        config=config,
-        spec=ModelSpec.from_config(config, f"{source}: [config]"),
-        synthetic_config=synthetic_config,
-        synthetic_spec=ModelSpec.from_config(synthetic_config, f"{source}: [synthetic.config]"),
-        seed=synthetic.get("seed", int),
-        zipf_exponent=synthetic.get("zipf_exponent", float),
-    )
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The config.json in the directory `path` (or the file `path`). Raises ModelError."""
-    path = Path(path)
-    file = path if path.is_file() else path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{file}: no such file, expected a Hugging Face config.json") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: holds a JSON {type(config).__name__}, expected an object")
-    return config
-
-
-COMMON_KEYS = (
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "model_type",
-    "num_attention_heads",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "use_cache",
-    "vocab_size",
-)
-CONFIG_KEYS: dict[Family, tuple[str, ...]] = {
-    "deepseek_v3": (
-        *COMMON_KEYS,
-        "attention_bias",
-        "ep_size",
-        "first_k_dense_replace",
-        "kv_lora_rank",
-        "moe_intermediate_size",
-        "moe_layer_freq",
-        "n_group",
-        "n_routed_experts",
-        "n_shared_experts",
-        "norm_topk_prob",
-        "num_nextn_predict_layers",
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "quantization_config",
-        "rope_scaling",
-        "routed_scaling_factor",
-        "scoring_func",
-        "topk_group",
-        "topk_method",
-        "v_head_dim",
-    ),
-    "mixtral": (*COMMON_KEYS, "num_local_experts", "output_router_logits", "router_aux_loss_coef"),
-}
-
-
-class _Keys:
-    """Typed reads from a mapping; every error names the source, the key and the value."""
-
-    def __init__(self, table: Mapping[str, Any], source: str) -> None:
-        self.table = table
-        self.source = source
-
-    def get(self, key: str, kind: type[T]) -> T:
-        if key not in self.table:
-            raise ModelError(f"{self.source}: {key} is missing")
-        value = self.table[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ModelError(f"{self.source}: {key} is {value!r}, expected {kind.__name__}")
-        return value
-
-    def size(self, key: str, minimum: int = 1) -> int:
-        value = self.get(key, int)
-        if value < minimum:
-            raise ModelError(f"{self.source}: {key} is {value}, expected at least {minimum}")
-        return value
-
-    def optional_size(self, key: str) -> int | None:
-        return None if self.table.get(key) is None else self.size(key)
-
-    def expect(self, key: str, expected: object, default: object) -> None:
-        value = self.table.get(key, default)
-        if value != expected:
-            raise ModelError(f"{self.source}: {key} is {value!r}, expected {expected!r}")
-
-    def only(self, *known: str) -> None:
-        unknown = sorted(self.table.keys() - set(known))
-        if unknown:
-            raise ModelError(f"{self.source}: {unknown[0]} is no known key, expected one of {', '.join(known)}")
-
-
-def _deepseek_v3(keys: _Keys) -> ModelSpec:
+def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
     keys.expect("topk_method", "noaux_tc", "noaux_tc")
     keys.expect("scoring_func", "sigmoid", "sigmoid")
     num_layers = keys.size("num_hidden_layers")
@@ -413,7 +239,7 @@ def _deepseek_v3(keys: _Keys) -> ModelSpec:
     )
 
 
-def _mixtral(keys: _Keys) -> ModelSpec:
+def _mixtral(keys: ConfigKeys) -> ModelSpec:
     if keys.table.get("quantization_config") is not None:
         raise ModelError(f"{keys.source}: quantization_config is set, expected an unquantised bf16 mixtral checkpoint")
     num_layers = keys.size("num_hidden_layers")
@@ -446,24 +272,13 @@ def _mixtral(keys: _Keys) -> ModelSpec:
     )
 
 
-def _quant_block(keys: _Keys) -> tuple[int, int] | None:
+def _quant_block(keys: ConfigKeys) -> tuple[int, int] | None:
     if keys.table.get("quantization_config") is None:
         return None
-    quant = _Keys(keys.get("quantization_config", dict), f"{keys.source}: quantization_config")
+    quant = ConfigKeys(keys.get("quantization_config", dict), f"{keys.source}: quantization_config")
     quant.expect("quant_method", "fp8", None)
     quant.expect("fmt", "e4m3", "e4m3")
     block = quant.get("weight_block_size", list)
     if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ModelError(f"{quant.source}: weight_block_size is {block}, expected [rows, columns]")
     return block[0], block[1]
-
-
-def _merge(config: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`config` with `changes` laid over it, tables key by key; a change may not add a key."""
-    _Keys(changes, source).only(*config)
-    return {
-        key: _merge(value, changes[key], f"{source}: {key}")
-        if isinstance(value, dict) and isinstance(changes.get(key), dict)
-        else changes.get(key, value)
-        for key, value in config.items()
-    }

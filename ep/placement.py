@@ -24,8 +24,8 @@ Int32Array = npt.NDArray[np.int32]
 class ExpertLookup:
     """Where each logical expert of a placement lies.
 
-    shard_idx, slot_idx: int32 [L, E, R], R the largest number of replicas of any expert. An expert's replicas are sorted
-    by shard, then slot; entries past its own number of replicas are EMPTY.
+    shard_idx, slot_idx: int32 [L, E, R], R the largest number of replicas of any expert. An expert's replicas are
+    sorted by shard, then slot; entries past its own number of replicas are EMPTY.
     num_replicas: int32 [L, E].
     """
 
@@ -38,8 +38,8 @@ class ExpertLookup:
 class Placement:
     """One generation of the experts' whereabouts; immutable.
 
-    slots: int32 [L, S, P], the logical expert in each slot or EMPTY. Every expert 0..num_experts-1 has at least one slot
-    in every layer. A shard may not hold one expert of a layer twice. Raises PlacementError.
+    slots: int32 [L, S, P], the logical expert in each slot or EMPTY. Every expert 0..num_experts-1 has at least one
+    slot in every layer. A shard may not hold one expert of a layer twice. Raises PlacementError.
     """
 
     generation: int

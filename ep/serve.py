@@ -13,31 +13,17 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ep.checkpoint import Checkpoint
 from ep.cluster.router_actor import FAILED
-from ep.devices import count_gpus
 from ep.errors import ClusterError, OptionError, PlacementError
-from ep.model import ModelSpec, load_preset
 from ep.placement import even_split
-from ep.plugin import ARCHITECTURES, LOAD_FORMAT
+from ep.target import Target, resolve_target
 from ep.terminal import Terminal
+from ep.vllm_flags import check_supported, vllm_flags
 
 if TYPE_CHECKING:
     from ep.cluster.launch import Launch
-
-_KV_CACHE_BYTES = 1 << 30
-_OURS = (
-    "--model",
-    "--load-format",
-    "--distributed-executor-backend",
-    "--scheduler-cls",
-    "--hf-overrides",
-    "--host",
-    "--port",
-)
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,7 @@ class ServeOptions:
 
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
     "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included.
+    restart of a lost shard included. check: end as soon as a first token has come back.
     """
 
     model: str
@@ -64,18 +50,9 @@ class ServeOptions:
     shard_threads: int = 1
     router_threads: int = 1
     api_key: str | None = None
+    check: bool = False
     verbose: bool = False
     vllm_flags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is to be served. stand_in: a synthetic checkpoint in place of the real one."""
-
-    name: str
-    checkpoint: Path
-    spec: ModelSpec
-    stand_in: bool
 
 
 def serve(options: ServeOptions) -> None:
@@ -83,7 +60,7 @@ def serve(options: ServeOptions) -> None:
     terminal = Terminal(options.verbose)
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
-    target = resolve_target(options, terminal)
+    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal)
     num_shards = options.shards if options.shards is not None else default_shards()
     if num_shards > target.spec.num_experts:
         raise PlacementError(
@@ -102,40 +79,6 @@ def serve(options: ServeOptions) -> None:
     terminal.say("stopped: no process left")
 
 
-def resolve_target(options: ServeOptions, terminal: Terminal) -> Target:
-    """The checkpoint to serve: the one given, or the preset's synthetic stand-in (written once into the user's cache).
-
-    Raises ModelError for an unknown preset, OptionError where a GPU machine is asked to choose, CheckpointError.
-    """
-    from ep.synthetic import cached_checkpoint
-
-    if options.checkpoint is not None and options.synthetic:
-        raise OptionError(f"--checkpoint {options.checkpoint} and --synthetic exclude each other")
-    given = options.checkpoint or (options.model if (Path(options.model) / "config.json").is_file() else None)
-    if given is not None:
-        checkpoint = Checkpoint(given)
-        with terminal.console.status(f"checking {given}"):
-            checkpoint.check()
-        if options.checkpoint is not None and not Path(options.model).exists():
-            _same_family(load_preset(options.model).spec, checkpoint.spec, options)
-        return Target(options.model, checkpoint.path, checkpoint.spec, stand_in=False)
-    preset = load_preset(options.model)
-    if not options.synthetic and (num_gpus := count_gpus()):
-        raise OptionError(
-            f"{options.model}: this machine has {num_gpus} GPUs: give --checkpoint DIR for the real weights, "
-            "or --synthetic for the small stand-in"
-        )
-    with terminal.progress(f"writing the synthetic {options.model}") as (bar, task):
-        path = cached_checkpoint(preset, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
-    if not options.synthetic:
-        spec = preset.synthetic_spec
-        terminal.console.print(
-            f"[yellow]No --checkpoint and no GPU: serving the synthetic stand-in of {options.model} on CPU "
-            f"({spec.num_layers} layers, hidden {spec.hidden_size}, {spec.num_experts} experts, random weights).[/]"
-        )
-    return Target(options.model, path, preset.synthetic_spec, stand_in=True)
-
-
 def default_shards() -> int:
     """One shard a CPU core, at most 2: on one machine more shards only add messages."""
     return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -147,13 +90,19 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     from ep.cluster.launch import Launch, LaunchOptions
 
     terminal.say("starting: Ray and vLLM")
-    address = options.address or ("auto" if sessions.find_running() else "local")
+    address = options.address
+    if address in (None, "auto"):
+        address = sessions.find_started()
+        if address is None and options.address == "auto":
+            raise OptionError("--address auto: `ray start` has made no cluster on this machine")
     needed = int(placement.num_shards * options.shard_cpus + 0.999)
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     server = vllm.result()
-    args = server.parse_flags(_flags(options, target, server.is_cpu()))
-    _check_supported(args, server.is_cpu())
+    cpu = server.is_cpu()
+    flags = vllm_flags(target, options.host, options.port, options.api_key, options.vllm_flags, cpu)
+    args = server.parse_flags(flags)
+    check_supported(args, cpu)
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     launch = Launch(
         session,
@@ -192,37 +141,6 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         launch.close()
 
 
-def _flags(options: ServeOptions, target: Target, cpu: bool) -> list[str]:
-    """vLLM's flags: ours, then the user's."""
-    taken = [flag for flag in options.vllm_flags if flag.split("=")[0] in _OURS]
-    if taken:
-        raise OptionError(f"vLLM flags after `--`: {taken[0]} is set by ep serve itself")
-    overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[target.spec.family][0]]}
-    if cpu:
-        overrides["quantization_config"] = None  # the loader dequantises: vLLM has no block-FP8 linear layer on CPU
-    flags = [
-        *("--model", str(target.checkpoint), "--served-model-name", target.name),
-        *("--host", options.host, "--port", str(options.port)),
-        *("--load-format", LOAD_FORMAT, "--hf-overrides", json.dumps(overrides)),
-        *("--distributed-executor-backend", "ep.cluster.executor.RouterExecutor"),
-        *("--scheduler-cls", f"ep.cluster.scheduler.{'RouterScheduler' if cpu else 'AsyncRouterScheduler'}"),
-    ]
-    if options.api_key is not None:
-        flags += ["--api-key", options.api_key]
-    if cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        # vLLM's default takes nine tenths of the machine's memory, which the shards share.
-        flags += ["--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
-    return flags + list(options.vllm_flags)
-
-
-def _check_supported(args: Any, cpu: bool) -> None:
-    if not cpu:
-        raise OptionError("the installed vLLM is not its CPU build: this version of ep computes attention on CPU only")
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(args, name, 1) != 1:
-            raise OptionError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1, there is one router")
-
-
 def _show_loading(launch: Launch, terminal: Terminal) -> None:
     """A bar over all experts of all shards, until every shard is up or one failed."""
     if not launch.options.num_shard_actors:
@@ -255,6 +173,21 @@ def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: 
     terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")
+    if options.check:
+        _first_token(base, options)
+        terminal.say("first token")
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _first_token(base: str, options: ServeOptions) -> None:
+    """Ask the server for one token."""
+    body = {"model": options.model, "prompt": "Hello", "max_tokens": 1}
+    headers = {"Content-Type": "application/json"}
+    if options.api_key is not None:
+        headers["Authorization"] = f"Bearer {options.api_key}"
+    request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=options.deadline_s) as response:
+        response.read()
 
 
 def _root_cause(launch: Launch, error: Exception) -> str:
@@ -280,7 +213,8 @@ def _router_environment() -> dict[str, str]:
     """What a router's process must share with this one; a joined cluster's workers have `ray start`'s environment."""
     prefixes = ("VLLM_", "HF_", "TORCHINDUCTOR_", "TRANSFORMERS_")
     shared = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | shared
+    # vLLM 0.32 cannot load back what it compiled ahead of time on CPU; torch's own cache serves later starts instead.
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_AOT_COMPILE": "0"} | shared
 
 
 def _import_server() -> Any:
@@ -310,13 +244,6 @@ class _InBackground:
         if error is not None:
             raise error
         return value
-
-
-def _same_family(preset: ModelSpec, found: ModelSpec, options: ServeOptions) -> None:
-    if preset.family != found.family:
-        raise OptionError(
-            f"--checkpoint {options.checkpoint}: a {found.family} model, expected {preset.family} for {options.model}"
-        )
 
 
 def _check_port(host: str, port: int) -> None:

@@ -19,9 +19,9 @@ def collect(address: str) -> list[dict[str, Any]]:
     """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError."""
     import ray
 
-    from ep.cluster.session import find_running, join_or_start
+    from ep.cluster.session import join_or_start, runs_here
 
-    if address == "auto" and not find_running():
+    if address == "auto" and not runs_here():
         raise OptionError("--address auto: no Ray cluster runs on this machine")
     join_or_start(address, num_cpus=0)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ep.checkpoint import write_dequantized
 from ep.errors import OptionError
-from ep.model import load_preset
+from ep.presets import load_preset
 from ep.synthetic import write_checkpoint
 from ep.terminal import Terminal
 

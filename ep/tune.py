@@ -31,7 +31,8 @@ from ep.kernels.devices import Device, current_device
 from ep.kernels.fused_moe import ExpertShape, ExpertWeights, supports
 from ep.kernels.resources import compile_for_amd
 from ep.kernels.tuning import TileConfig, default_config, default_tile, file_name, provenance_path, read_provenance
-from ep.model import ModelSpec, load_preset
+from ep.model import ModelSpec
+from ep.presets import load_preset
 
 SLOTS = (4, 8, 9, 16, 18, 32, 33, 36, 64, 128, 256)
 """Of 256 experts on 1 to 64 shards, and with redundant ones."""

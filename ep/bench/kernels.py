@@ -25,7 +25,8 @@ from ep.kernels import gating, quant
 from ep.kernels.devices import Device, current_device
 from ep.kernels.fused_moe import ExpertShape, choose_config, supports
 from ep.kernels.roofline import Ceilings, Work, fused_moe_work, gating_work, quantize_work
-from ep.model import ModelSpec, load_preset
+from ep.model import ModelSpec
+from ep.presets import load_preset
 from ep.terminal import Terminal
 
 TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)

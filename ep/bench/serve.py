@@ -26,10 +26,10 @@ from ep.checkpoint import write_dequantized
 from ep.devices import count_gpus
 from ep.errors import OptionError
 from ep.terminal import Terminal, state_dir
+from ep.vllm_flags import KV_CACHE_BYTES
 
 _EP = (sys.executable, "-c", "from ep.cli import main; main()", "serve")
 _NATIVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
-_KV_CACHE_BYTES = 1 << 30  # as `ep serve` sets it on CPU: vLLM's own default there is nine tenths of the memory
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,9 @@ def _check(options: ServeBenchOptions) -> None:
 
 def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: ExitStack) -> list[_Target]:
     """The servers, each answering before the next is started, ended with the stack where they are ours."""
-    from ep.serve import ServeOptions, resolve_target
+    from ep.target import resolve_target
 
-    target = resolve_target(
-        ServeOptions(options.model, checkpoint=options.checkpoint, synthetic=options.checkpoint is None), terminal
-    )
+    target = resolve_target(options.model, options.checkpoint, options.checkpoint is None, terminal)
     weights = str(target.checkpoint)
 
     def start(name: str, command: Sequence[str], flags: Sequence[str]) -> _Target:
@@ -185,7 +183,7 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
         command = [*_NATIVE, "--model", _native_weights(target.checkpoint, terminal)]
         command += ["--served-model-name", target.name]
         if not count_gpus() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            command += ["--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
+            command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
         targets.append(start("native", command, options.vllm_flags))
     return targets
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ep.checkpoint import INDEX_FILE
-from ep.model import load_preset
+from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from tests.serving.served import free_port, run_ep
 

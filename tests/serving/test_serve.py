@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from openai import APIStatusError, OpenAI
 
-from ep.model import load_preset
+from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from tests.serving.served import Served, run_ep, serve
 

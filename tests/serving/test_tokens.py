@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ep.checkpoint import write_dequantized
-from ep.model import load_preset
+from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from tests.serving.generate import NUM_TOKENS, Case, native, routed
 
