@@ -56,16 +56,16 @@ class Character:
     num_rungs: int = 3
     rung_ratio: float = 5.5
     rung_odds: float = 0.35
-    gain: float = 0.05
+    gain: float = 0.0125
     faint: float = 0.5
     leak: float = 0.05
-    logit_scale: float = 180.0
+    logit_scale: float = 720.0
     logit_offset: float = 6.0
 
 
 CHARACTERS = {
     "deepseek_v3": Character(),
-    "mixtral": Character(gate_logit=0.5, popularity=0.4, gain=0.015, logit_scale=120.0),
+    "mixtral": Character(gate_logit=0.5, popularity=0.4, gain=0.004, logit_scale=450.0),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,9 +38,16 @@ class Served:
         with urllib.request.urlopen(self.base_url.removesuffix("/v1") + path, timeout=10) as response:
             return response.read().decode()
 
+    @property
+    def ray_address(self) -> str:
+        """As the terminal tells it: other servers' clusters may run on this machine."""
+        told = re.search(r"Ray( cluster)? at (\S+)", self.output.read_text())
+        assert told is not None
+        return told.group(2)
+
     def status(self) -> dict[str, Any]:
         """The one instance that `ep status --json` reports."""
-        found = run_ep("status", "--json", environment=self.environment)
+        found = run_ep("status", "--json", "--address", self.ray_address, environment=self.environment)
         assert found.returncode == 0, found.stderr
         (instance,) = json.loads(found.stdout)
         return instance
@@ -60,7 +68,7 @@ def serve(
         process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=env)
     seen: set[psutil.Process] = set()
     try:
-        while not _healthy(port):
+        while not (_healthy(port) and "serving " in output.read_text()):
             assert process.poll() is None, output.read_text()
             assert time.monotonic() < start + START_S, output.read_text()
             time.sleep(0.2)

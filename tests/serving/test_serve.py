@@ -81,7 +81,7 @@ def test_metrics_and_status(server: Served) -> None:
     assert all("cpu_fused_moe" in shard["compute_reason"] for shard in status["shards"])
     (router,) = status["routers"]
     assert router["phase"] == "serving" and all(link["tokens"] > 0 for link in router["links"])
-    table = run_ep("status", environment=server.environment)
+    table = run_ep("status", "--address", server.ray_address, environment=server.environment)
     assert table.returncode == 0 and "round trips" in table.stdout
 
 
