@@ -155,8 +155,8 @@ def fused_moe(
 
     x [T, H] bf16, or Quantized with q [T, H] e4m3 and scale_inv [T, H/128] float32; slot_ids [T, K] int32, -1 for a
     choice that another shard serves; topk_weights [T, K] float32; layer_idx and num_tokens [1] int32 on the device;
-    out [T, H] bf16. A token without a choice here gets zeros; rows of out past num_tokens are left alone. config and
-    device default to the tuned tile for T tokens and to where x is.
+    out [T, H] bf16 or float32. A token without a choice here gets zeros; rows of out past num_tokens are left alone.
+    config and device default to the tuned tile for T tokens and to where x is.
 
     Raises ValueError for operands of other shapes or types. Twin: `reference.experts_forward`.
     """
@@ -228,7 +228,7 @@ def _check(
         "x": (values, (num_tokens, shape.hidden), dtype),
         "slot_ids": (slot_ids, (num_tokens, top_k), torch.int32),
         "topk_weights": (topk_weights, (num_tokens, top_k), torch.float32),
-        "out": (out, (num_tokens, shape.hidden), torch.bfloat16),
+        "out": (out, (num_tokens, shape.hidden), torch.float32 if out.dtype == torch.float32 else torch.bfloat16),
     }
     if isinstance(x, Quantized):
         blocks = (num_tokens, shape.hidden // SCALE_BLOCK)

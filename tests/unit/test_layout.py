@@ -48,7 +48,7 @@ LAYERS = (
         ),
         frozenset({"torch", "numpy", "msgpack", "safetensors", "tokenizers", "tomli", "rich"}),
     ),
-    Layer("data plane", ("ep.transport", "ep.router", "ep.shard"), frozenset({"torch", "numpy"})),
+    Layer("data plane", ("ep.transport", "ep.compute", "ep.router", "ep.shard"), frozenset({"torch", "numpy"})),
     Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "vllm", "uvloop"})),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
