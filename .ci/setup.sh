@@ -67,6 +67,12 @@ cpu)
         say "torchvision, torchaudio and torchcodec are not builds for this torch: removing them"
         pip uninstall --yes torchvision torchaudio torchcodec >> "$LOG" 2>&1 || fails "cannot uninstall torchvision"
     fi
+    # vLLM compiles its model for this processor at the first start, which takes longer than all the rest of one; torch
+    # keeps the result in the user's cache.
+    say "first start: writing the stand-in, compiling it for this CPU (about a minute)"
+    port=$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    .venv/bin/ep serve deepseek-v3 --synthetic --check --address local --port "$port" < /dev/null >> "$LOG" 2>&1 \
+        || die "the first start failed: $(grep '^ep: ' "$LOG" | tail -n 1) (log in $LOG)"
     ;;
 cuda | rocm)
     # A vLLM that the machine's image brings stays as it is: the new environment looks on into its folder.

@@ -17,17 +17,23 @@ logger = init_logger(__name__)
 class RouterWorker(WorkerProc):
     """A WorkerProc whose steps fail alone: when the data plane gives up, the step's requests end, not the engine."""
 
-    def __init__(self, steps: StepQueue, **options: Any) -> None:
+    def __init__(self, steps: StepQueue, vllm_config: Any, **options: Any) -> None:
         self._steps = steps
-        super().__init__(input_shm_handle=None, **options)
+        super().__init__(input_shm_handle=None, vllm_config=vllm_config, **options)
         execute_model = self.worker.execute_model
+        # The engine fills a grammar's mask in between the two halves of a step, or runs ahead of them: else one call
+        # does both, and the engine is woken once a step.
+        at_once = not vllm_config.scheduler_config.async_scheduling
 
-        def execute_or_fail(*args: Any, **kwargs: Any) -> Any:
+        def execute_or_fail(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return execute_model(*args, **kwargs)
+                output = execute_model(scheduler_output, *args, **kwargs)
             except TransportError as error:
                 logger.error("step failed: %s", error)
                 return FailedStep(str(error))
+            if output is None and at_once and not getattr(scheduler_output, "has_structured_output_requests", True):
+                return self.worker.sample_tokens(None)
+            return output
 
         self.worker.execute_model = execute_or_fail
 

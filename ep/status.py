@@ -51,6 +51,8 @@ def show(instances: list[dict[str, Any]], as_json: bool) -> None:
             f"up {instance['uptime_s']:.0f} s  {instance['checkpoint']}"
         )
         console.print(_shard_table(instance["shards"]))
+        for reason in sorted({shard["compute_reason"] for shard in instance["shards"] if "compute_reason" in shard}):
+            console.print(f"experts computed by {reason}")
         console.print(_link_table(instance["routers"]))
 
 
@@ -66,15 +68,12 @@ def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _shard_table(shards: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "coalesced", "dropped", "restarts"
-    )
-    table.add_column("compute", overflow="fold")
+    table = Table("shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "shared", "bad", "restarts")
     for shard in shards:
         table.add_row(
             str(shard["shard_idx"]),
             shard["state"] + (f": {shard['error']}" if shard["error"] and shard["state"] != "up" else ""),
-            f"{shard.get('node_ip', '')} {shard.get('node_id', '')[:6]}",
+            shard.get("node_ip", ""),
             str(shard.get("pid", "")),
             str(shard.get("num_slots", "")),
             _bytes(shard.get("slot_bytes")),
@@ -83,7 +82,6 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
             str(shard.get("coalesced", "")),
             str(shard.get("dropped", "")),
             ", ".join(f"{s:.1f} s" for s in shard["restart_seconds"]) or "0",
-            str(shard.get("compute_reason", "")),
         )
     return table
 
@@ -100,7 +98,6 @@ def _link_table(routers: list[dict[str, Any]]) -> Table:
             table.add_row(
                 str(router["rank"]),
                 router["phase"],
-                str(router["pid"]),
                 str(shard_idx),
                 link["way"].partition(":")[0],
                 str(link["requests"]),

@@ -25,7 +25,7 @@ from ep.presets import Preset
 from ep.synthetic_text import write_tokenizer
 from ep.synthetic_weights import CHARACTERS, Float32Array, Weights
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key: raise it when the same parameters give another checkpoint."""
 
 OnProgress = Callable[[int, int], None]

@@ -9,15 +9,15 @@ A plain random model is nearly indifferent between its best tokens, so that roun
 trained model is not. This one gets its confidence from where things lie in the residual stream:
 
 - "class" coordinates hold the token's class, one of C orthogonal codes. An expert's hidden units are keyed to classes.
-- "state" coordinates hold a random code of the token and what attention and the dense layers add: the context. The
-  gates read them, so the context chooses the experts.
-- "vote" coordinates hold what experts write. A unit that its class wakes votes for one vocabulary token, with a gain
-  out of a few widely spaced rungs; (class, rung) decides the token. The highest rung among the chosen experts wins, by
-  a margin: experts on one rung agree, and rungs lie far apart. lm_head reads the votes.
-- one constant coordinate lets a row have an offset.
+- "state" coordinates hold a random code of the token and what attention and the dense layers add: the context. Gates
+  read them, so the context chooses the experts.
+- "vote" coordinates hold what experts write, and lm_head reads. A unit that its class wakes votes for one vocabulary
+  token with a gain out of a few widely spaced rungs; (class, rung) decides the token. The highest rung among the chosen
+  experts wins, by a margin: experts on one rung agree, and a few votes of a lower rung do not add up to one of it.
+- one constant coordinate, far larger than all others, lets rows have offsets and carries the norm.
 
-So rounding in the experts' sums reaches gates and attention only weakly and rarely changes the winning vote, while a
-missing or wrong expert takes its votes with it. Every matrix has a small random part in all of its coordinates.
+Gates and attention do not read votes, and votes are too small to move the norm: rounding in the experts' sums reaches
+neither routing nor the cache, and rarely the winning vote. A missing or wrong expert takes its votes with it.
 Experts are popular by Zipf's law, through the gate's bias (deepseek_v3) or its offset (mixtral).
 """
 
@@ -42,7 +42,19 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Character:
-    """What decides the stand-in's text. Strengths are standard deviations for inputs of unit variance."""
+    """What decides a stand-in's text. Strengths are standard deviations where the input has unit variance.
+
+    constant: the constant coordinate of the residual stream.
+    attention_logit, attention_out, dense_out: strength of attention's logits and of what is added to the state.
+    gate_logit: strength of the gate's logits. popularity: their skew for a Zipf exponent of one, by log(rank).
+    key: what a unit's gate row gives for its own class. key_noise: for everything else.
+    num_voters: how many of a token's chosen experts, over all layers, vote aloud on average; faint: strength of all the
+        other votes together, against one vote on the lowest rung.
+    num_rungs, rung_ratio, rung_odds: the rungs, the gain of one over the next, the chance of one over the next.
+    gain: gain of the lowest rung. noise: random part of a vote, and of lm_head beside the codes.
+    logit_scale: strength of a code in lm_head. logit_offset: what is taken off every logit, so that the best are near
+        zero, where bf16 tells them apart best.
+    """
 
     constant: float = 32.0
     attention_logit: float = 12.0
@@ -53,12 +65,12 @@ class Character:
     key: float = 4.0
     key_noise: float = 0.1
     num_voters: float = 3.0
+    faint: float = 0.5
     num_rungs: int = 3
     rung_ratio: float = 5.5
     rung_odds: float = 0.35
     gain: float = 0.0125
-    faint: float = 0.5
-    leak: float = 0.05
+    noise: float = 0.05
     logit_scale: float = 720.0
     logit_offset: float = 6.0
 
@@ -97,7 +109,7 @@ class Weights:
         yield name, embedding
         yield "model.norm.weight", np.ones(spec.hidden_size, np.float32)
         name = "lm_head.weight"
-        head = self._reader(f"{name}/noise", spec.vocab_size, character.leak)
+        head = self._reader(f"{name}/noise", spec.vocab_size, character.noise)
         head[:, self._vote_coords] += self._vote_codes * np.float32(character.logit_scale)
         head[:, 0] = -character.logit_offset / character.constant
         yield name, head
@@ -210,7 +222,7 @@ class Weights:
         classes = np.arange(cols) % self.num_classes
         tokens = self._token_of_vote[classes, np.where(loud, rungs, 0)[classes]]
         votes = np.zeros((self.spec.hidden_size, cols), np.float32)
-        votes[self._vote_coords] = self._inner(name, len(self._vote_coords), cols, character.gain * character.leak)
+        votes[self._vote_coords] = self._inner(name, len(self._vote_coords), cols, character.gain * character.noise)
         votes[self._vote_coords] += (self._vote_codes[tokens] * gains[classes, None]).T
         return votes
 
@@ -255,10 +267,11 @@ class Weights:
     def _token_of_vote(self) -> Int64Array:
         """[C, rungs]: the token that follows a class by a rung, of another class; no two alike while tokens last."""
         num_text = vocabulary(self.spec).num_text
+        first = self.spec.vocab_size - num_text
         rungs = np.arange(self.character.num_rungs)
         steps = 1 + self._bits("steps", len(rungs)) % (self.num_classes - 1)
         classes = (np.arange(self.num_classes)[:, None] + steps) % self.num_classes
-        return self.spec.vocab_size - num_text + (classes + self.num_classes * rungs) % num_text
+        return first + ((classes - first) % self.num_classes + self.num_classes * rungs) % num_text
 
     def _bits(self, name: str, count: int) -> npt.NDArray[np.uint16]:
         """uint16 [count], uniform."""
@@ -277,11 +290,11 @@ class Weights:
         return self._uniform(name, (rows, cols)) * np.float32(std / math.sqrt(cols))
 
     def _reader(self, name: str, rows: int, std: float = 1.0) -> Float32Array:
-        """[rows, H]: reads the state; everything else but the constant only as a leak."""
+        """[rows, H]: reads the state."""
         return self._uniform(name, (rows, self.spec.hidden_size)) * (
             self._writes * np.float32(std / math.sqrt(len(self._state_coords)))
         )
 
     def _writer(self, name: str, cols: int, std: float) -> Float32Array:
-        """[H, cols]: writes the state; everything else but the constant only as a leak."""
+        """[H, cols]: writes the state."""
         return self._inner(name, self.spec.hidden_size, cols, std) * self._writes[:, None]

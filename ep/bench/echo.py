@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import socket
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,11 +64,19 @@ def _echo(pipe: Connection, setup: EchoSetup) -> None:
     identity = Identity(setup.shard_idx, FINGERPRINT, setup.hidden_size, 0, 1, setup.max_tokens)
     listener = Listener(identity, setup.key)
     pipe.send(listener.open(setup.node_id, Path(setup.unix_dir), setup.host))
+    threading.Thread(target=_close_when_told, args=(pipe, listener), daemon=True).start()
     with torch.inference_mode():
-        while not pipe.poll():
+        while not listener.is_closed:
             for request in listener.wait():
                 request.out.copy_(from_raw(request.views.rows, request.message.dtype))
                 listener.answer(request, 0)
+    listener.hang_up()
+
+
+def _close_when_told(pipe: Connection, listener: Listener) -> None:
+    """Asking the pipe between two requests would be measured with them."""
+    with contextlib.suppress(EOFError):
+        pipe.recv()
     listener.close()
 
 

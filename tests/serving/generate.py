@@ -38,11 +38,11 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Case:
-    """together: all prompts at once, at most 16 running; else one prompt after the other."""
+    """num_alone: None runs all prompts at once, at most 16 at a time; else so many of them, one after the other."""
 
     num_shards: int
     transport: str
-    together: bool = True
+    num_alone: int | None = None
 
 
 def native(checkpoint: Path, prompts: Sequence[list[int]]) -> list[Continuation]:
@@ -65,7 +65,7 @@ def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
 
 def _native(checkpoint: str, prompts: list[list[int]]) -> list[Continuation]:
     engine = _engine(model=checkpoint)
-    outputs = _generate(engine, prompts, together=True, logprobs=2)
+    outputs = _generate(engine, prompts, logprobs=2)
     return [Continuation(list(output.token_ids), [_gap(step) for step in output.logprobs]) for output in outputs]
 
 
@@ -83,7 +83,7 @@ def _routed(checkpoint: str, prompts: list[list[int]], cases: list[Case], folder
             if engine is None:
                 overrides = {"architectures": [ARCHITECTURES[spec.family][0]], "quantization_config": None}
                 engine = _engine(model=checkpoint, load_format=LOAD_FORMAT, hf_overrides=overrides)
-            outputs = _generate(engine, prompts, case.together)
+            outputs = _generate(engine, prompts, case.num_alone)
             found.append([list(output.token_ids) for output in outputs])
             assert all(link.requests for link in router.stats()), "a shard was never asked"
     return found
@@ -125,11 +125,13 @@ def _engine(**options: Any) -> Any:
     return LLM(max_model_len=512, max_num_seqs=16, kv_cache_memory_bytes=1 << 28, seed=0, **options)
 
 
-def _generate(engine: Any, prompts: list[list[int]], together: bool, logprobs: int | None = None) -> list[Any]:
+def _generate(
+    engine: Any, prompts: list[list[int]], num_alone: int | None = None, logprobs: int | None = None
+) -> list[Any]:
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=logprobs)
-    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    batches = [prompts] if num_alone is None else [[prompt] for prompt in prompts[:num_alone]]
     outputs = []
     for batch in batches:
         engine.reset_prefix_cache()  # or a case would read the KV of the one before
