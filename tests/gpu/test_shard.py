@@ -199,6 +199,6 @@ def test_what_no_kernel_supports_is_refused_before_anything_is_read() -> None:
 
     spec = ModelSpec.from_config(small_config("deepseek_v3"), "a/config.json")
     before = torch.cuda.memory_allocated()
-    with pytest.raises(ModelError, match="a/config.json: .* hidden size is 192, expected a multiple of 128"):
+    with pytest.raises(ModelError, match=r"a/config.json: .* hidden size is 192, expected a multiple of 128"):
         Shard(spec, even_split(spec.num_moe_layers, spec.num_experts, 1), 0, never())
     assert torch.cuda.memory_allocated() == before
