@@ -27,6 +27,7 @@ from ep.transport.base import Endpoint, spec_fingerprint
 from ep.transport.buffer import DispatchViews, from_raw
 from ep.transport.handshake import Identity
 from ep.transport.listener import Listener, Request
+from ep.transport.scheduling import let_waker_run_on
 from ep.wire import Dispatch
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class Shard:
             self._thread.join()
 
     def _serve(self, listener: Listener, num_threads: int) -> None:
+        let_waker_run_on()
         torch.set_num_threads(num_threads)  # OpenMP keeps this per thread, so it is set on the one that computes
         try:
             with torch.inference_mode():

@@ -19,6 +19,7 @@ from ep.transport.base import Endpoint
 from ep.transport.buffer import from_raw
 from ep.transport.handshake import Identity
 from ep.transport.listener import Listener
+from ep.transport.scheduling import let_waker_run_on
 
 FINGERPRINT = "echo"
 START_S = 60.0
@@ -65,6 +66,7 @@ def _echo(pipe: Connection, setup: EchoSetup) -> None:
     listener = Listener(identity, setup.key)
     pipe.send(listener.open(setup.node_id, Path(setup.unix_dir), setup.host))
     threading.Thread(target=_close_when_told, args=(pipe, listener), daemon=True).start()
+    let_waker_run_on()
     with torch.inference_mode():
         while not listener.is_closed:
             for request in listener.wait():
