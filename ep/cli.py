@@ -106,6 +106,25 @@ def list_models() -> None:
         click.echo(name)
 
 
+@cli.command("tune")
+@click.argument("model")
+@click.option(
+    "--shards",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Tune for the slots of one of so many shards; may be repeated. [default: the usual numbers of slots]",
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), multiple=True, help="Rows that reach the shard. [default: 1 to 16384]"
+)
+@click.option("--folder", default="tuned", show_default=True, metavar="DIR", help="Where the files and journals go.")
+def tune(**options: Any) -> None:
+    """Measure the best kernel tiles for MODEL's experts on this machine's GPUs; an interrupted run goes on."""
+    from ep.tune import TuneOptions, run
+
+    run(TuneOptions(**_given(options)))
+
+
 @cli.group()
 def bench() -> None:
     """Measurements, each beside a baseline of the same run: a table, then one line of JSON."""
@@ -152,6 +171,29 @@ def bench_transport(**options: Any) -> None:
     from ep.bench.transport import TransportBenchOptions, report, run
 
     report(run(TransportBenchOptions(**options)))
+
+
+@bench.command("kernels")
+@click.option("--model", default="deepseek-v3", show_default=True, help="A preset or a checkpoint's directory.")
+@click.option("--slots", type=click.IntRange(1), default=32, show_default=True, help="Expert slots of the shard.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Rows that reach the shard; may be repeated. [default: 1 to 16384]",
+)
+@click.option("--baselines/--no-baselines", default=True, show_default=True, help="vLLM and DeepGEMM where installed.")
+@_OUTPUT
+def bench_kernels(**options: Any) -> None:
+    """A shard's GPU kernels beside vLLM's and DeepGEMM's, and beside what the device can do."""
+    from ep.bench.kernels import KernelBenchOptions, run
+
+    run(KernelBenchOptions(**_given(options)))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the lists that were left out: their defaults lie in modules that are slow to import."""
+    return {name: value for name, value in options.items() if value != ()}
 
 
 def main() -> None:

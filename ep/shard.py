@@ -18,9 +18,9 @@ import torch
 
 from ep.assign import split
 from ep.checkpoint import Checkpoint, OnProgress, SlotWeights
+from ep.compute.base import Work
+from ep.compute.choose import choose_device, keeps_quantized, open_compute
 from ep.errors import PlacementError, WireError
-from ep.kernels import cpu_moe
-from ep.kernels.reference import dequantize_tokens
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.transport.base import Endpoint, spec_fingerprint
@@ -33,12 +33,15 @@ from ep.wire import Dispatch
 log = logging.getLogger(__name__)
 MAX_TOKENS = 65536
 """The most tokens that a router may send at once; its buffers are sized by what it asks for."""
+MAX_PASS_TOKENS = 4096
+"""Tokens that a GPU computes at once: DeepSeek-V3's work space is 1.2 GB for them."""
 
 
 @dataclass
 class ShardStats:
     """Counted since the shard was loaded. coalesced: requests that shared their pass over the weights with another.
-    compute_ns: time in the experts, over all passes. tokens_of_layer: by position among the MoE layers."""
+    compute_ns: time in the experts,
+    over all passes, the way to a GPU and back included. tokens_of_layer: by position among the MoE layers."""
 
     shard_idx: int
     generation: int
@@ -58,7 +61,9 @@ class ShardStats:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Asked:
+    """One dispatch, as it lies in the connection's memory, and where its partials [T, H] go."""
+
     message: Dispatch
     views: DispatchViews
     out: torch.Tensor
@@ -67,36 +72,39 @@ class _Work:
 class Shard:
     """Slots of one shard of a placement, ready to compute. `load` reads them from a checkpoint.
 
-    layers: one SlotWeights per MoE layer, in the spec's order; their memory is taken over and reordered in place.
-    compute_reason says which compute path was chosen and why.
+    layers: one SlotWeights per MoE layer, in the spec's order, FP8 where `keeps_quantized` says so; their memory is
+    taken over. device: where the experts are computed, by default a GPU if torch can use one. max_pass_tokens: tokens
+    that a GPU computes at once. Raises, before the first layer is asked for, PlacementError, OptionError, and
+    ModelError where the device's kernels cannot run these experts.
     """
 
-    def __init__(self, spec: ModelSpec, placement: Placement, shard_idx: int, layers: Iterable[SlotWeights]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        placement: Placement,
+        shard_idx: int,
+        layers: Iterable[SlotWeights],
+        device: torch.device | str | None = None,
+        max_pass_tokens: int = MAX_PASS_TOKENS,
+    ) -> None:
         if not 0 <= shard_idx < placement.num_shards:
             raise PlacementError(f"shard is {shard_idx}, expected 0 to {placement.num_shards - 1}")
         self.spec = spec
         self.placement = placement
         self.shard_idx = shard_idx
-        self._scratch = cpu_moe.Scratch()
-        self._layers: list[cpu_moe.PackedExperts] = []
-        path: cpu_moe.ComputePath = "sorted_torch"
+        self._compute = open_compute(spec, placement.slots_per_shard, choose_device(device), max_pass_tokens)
+        num_layers = 0
         for weights in layers:
-            if not self._layers:
-                supported, self.compute_reason = cpu_moe.supports(
-                    weights.w13.dtype, spec.hidden_size, spec.moe_intermediate_size
-                )
-                path = "fused" if supported else "sorted_torch"
-                self.dtype = weights.w13.dtype
-            self._layers.append(cpu_moe.pack(weights.w13, weights.w2, path, self._scratch))
-        assert len(self._layers) == spec.num_moe_layers
-        self.compute_path = path
-        slot_bytes = sum(layer.w13.nbytes + layer.w2.nbytes for layer in self._layers)
+            self._compute.add_layer(weights)
+            num_layers += 1
+        assert num_layers == spec.num_moe_layers
+        self._compute.finish()
         self._stats = ShardStats(
             shard_idx,
             placement.generation,
             placement.slots_per_shard,
-            slot_bytes,
-            tokens_of_layer=[0] * len(self._layers),
+            self._compute.slot_bytes,
+            tokens_of_layer=[0] * num_layers,
         )
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
@@ -109,10 +117,27 @@ class Shard:
         shard_idx: int,
         dtype: torch.dtype = torch.bfloat16,
         on_progress: OnProgress | None = None,
+        device: torch.device | str | None = None,
+        max_pass_tokens: int = MAX_PASS_TOKENS,
     ) -> Shard:
-        """Reads this shard's experts, one layer after the other. Raises CheckpointError, PlacementError."""
-        slots = placement.slots[:, shard_idx]
-        return cls(checkpoint.spec, placement, shard_idx, checkpoint.iter_slots(slots, dtype, on_progress=on_progress))
+        """Reads this shard's experts, one layer after the other; dtype is for those that are not kept FP8.
+
+        Raises CheckpointError and what the class raises.
+        """
+        spec, slots = checkpoint.spec, placement.slots[:, shard_idx]
+        keep_quantized = keeps_quantized(spec, choose_device(device))
+        layers = checkpoint.iter_slots(slots, dtype, keep_quantized, on_progress)
+        return cls(spec, placement, shard_idx, layers, device, max_pass_tokens)
+
+    @property
+    def compute_path(self) -> str:
+        """The chosen way to compute the experts, in a word."""
+        return self._compute.path
+
+    @property
+    def compute_reason(self) -> str:
+        """Why that one."""
+        return self._compute.reason
 
     def forward(self, layer_pos: int, x: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H], slot_ids int [T, K] (-1 for none), weights float32 [T, K] -> partials float32 [T, H]."""
@@ -121,19 +146,20 @@ class Shard:
         if not len(work.counts):
             return out
         token_idx = torch.from_numpy(work.token_idx)
-        job = cpu_moe.Job(
-            x.index_select(0, token_idx).to(self.dtype),
-            work.counts,
-            slot_ids.flatten()[work.pair_idx].int(),
-            weights.flatten()[work.pair_idx].float(),
-            torch.empty(len(token_idx), x.shape[1]),
+        part = Work(
+            rows=x.index_select(0, token_idx),
+            scales=None,
+            counts=work.counts.astype(np.int32),
+            slot_ids=slot_ids.flatten()[work.pair_idx].int().numpy(),
+            weights=weights.flatten()[work.pair_idx].float().numpy(),
+            out=torch.empty(len(token_idx), x.shape[1]),
         )
-        cpu_moe.moe(self._layers[layer_pos], [job])
-        return out.index_copy_(0, token_idx, job.out)
+        self._compute.run(layer_pos, [part])
+        return out.index_copy_(0, token_idx, part.out)
 
     def answer(self, message: Dispatch, views: DispatchViews, out: torch.Tensor) -> int:
         """Computes one dispatch into out [T, H]; returns the nanoseconds it took. Raises WireError."""
-        return self._compute(message.layer_pos, [_Work(message, views, out)])
+        return self._answer(message.layer_pos, [Asked(message, views, out)])
 
     def listen(
         self,
@@ -210,8 +236,7 @@ class Shard:
 
     def _answer_all(self, listener: Listener, layer_pos: int, requests: list[Request]) -> None:
         try:
-            works = [_Work(request.message, request.views, request.out) for request in requests]
-            compute_ns = self._compute(layer_pos, works)
+            compute_ns = self._answer(layer_pos, [Asked(r.message, r.views, r.out) for r in requests])
         except Exception as error:
             if len(requests) > 1:  # one router's mistake is not the others'
                 for request in requests:
@@ -225,40 +250,33 @@ class Shard:
         for request in requests:
             listener.answer(request, compute_ns)
 
-    def _compute(self, layer_pos: int, works: Sequence[_Work]) -> int:
-        if layer_pos >= len(self._layers):
-            raise WireError(f"MoE layer is {layer_pos}, expected 0 to {len(self._layers) - 1}")
-        jobs = [self._job(work) for work in works]
+    def _answer(self, layer_pos: int, asked: Sequence[Asked]) -> int:
+        num_layers = self.spec.num_moe_layers
+        if layer_pos >= num_layers:
+            raise WireError(f"MoE layer is {layer_pos}, expected 0 to {num_layers - 1}")
+        works = [self._check(one) for one in asked]
         start = time.perf_counter_ns()
-        cpu_moe.moe(self._layers[layer_pos], jobs)
+        self._compute.run(layer_pos, works)
         compute_ns = time.perf_counter_ns() - start
         stats = self._stats
-        tokens = sum(work.message.num_tokens for work in works)
-        stats.requests += len(works)
-        stats.coalesced += len(works) if len(works) > 1 else 0
+        tokens = sum(one.message.num_tokens for one in asked)
+        stats.requests += len(asked)
+        stats.coalesced += len(asked) if len(asked) > 1 else 0
         stats.tokens += tokens
-        stats.pairs += sum(work.message.num_pairs for work in works)
+        stats.pairs += sum(one.message.num_pairs for one in asked)
         stats.compute_ns += compute_ns
         stats.tokens_of_layer[layer_pos] += tokens
         return compute_ns
 
-    def _job(self, work: _Work) -> cpu_moe.Job:
-        message, views = work.message, work.views
+    def _check(self, asked: Asked) -> Work:
+        message, views = asked.message, asked.views
         if message.generation != self.placement.generation:
             raise WireError(f"placement generation is {message.generation}, expected {self.placement.generation}")
         # Checked and used from memory that the router cannot reach: the op does not check what it indexes with.
         counts, slot_ids = views.counts.copy(), views.slot_ids.copy()
-        if counts.min() < 1 or counts.sum(dtype=np.int64) != len(slot_ids):
-            raise WireError(f"counts are not those of {len(slot_ids)} pairs, at least one for each token")
+        if counts.min() < 1 or counts.max() > self.spec.top_k or counts.sum(dtype=np.int64) != len(slot_ids):
+            raise WireError(f"counts are not those of {len(slot_ids)} pairs, 1 to {self.spec.top_k} for each token")
         if slot_ids.view(np.uint32).max() >= self.placement.slots_per_shard:  # a negative id is a huge unsigned one
             raise WireError(f"a slot is out of range, expected 0 to {self.placement.slots_per_shard - 1}")
-        rows = from_raw(views.rows, message.dtype)
-        if views.scales is not None:
-            rows = dequantize_tokens(rows, torch.from_numpy(views.scales))
-        return cpu_moe.Job(
-            rows if rows.dtype == self.dtype else rows.to(self.dtype),
-            counts,
-            torch.from_numpy(slot_ids),
-            torch.from_numpy(views.weights),
-            work.out,
-        )
+        scales = None if views.scales is None else torch.from_numpy(views.scales)
+        return Work(from_raw(views.rows, message.dtype), scales, counts, slot_ids, views.weights, asked.out)

@@ -64,7 +64,7 @@ def make_shard(
     for layer, slots in zip(experts, placement.slots[:, shard_idx], strict=True):
         held = torch.tensor([0 if slot == EMPTY else int(slot) for slot in slots])
         layers.append(SlotWeights(layer.w13[held].clone(), layer.w2[held].clone()))
-    return shard_class(spec, placement, shard_idx, layers)
+    return shard_class(spec, placement, shard_idx, layers, device="cpu")
 
 
 def random_routing(spec: ModelSpec, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,9 +143,9 @@ class SlowShard(Shard):
 
     seconds = 0.3
 
-    def _compute(self, *arguments: Any) -> int:
+    def _answer(self, *arguments: Any) -> int:
         time.sleep(self.seconds)
-        return super()._compute(*arguments)
+        return super()._answer(*arguments)
 
 
 class HungShard(SlowShard):

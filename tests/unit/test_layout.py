@@ -48,7 +48,7 @@ LAYERS = (
         ),
         frozenset({"torch", "numpy", "msgpack", "safetensors", "tokenizers", "tomli", "rich"}),
     ),
-    Layer("data plane", ("ep.transport", "ep.router", "ep.shard"), frozenset({"torch", "numpy"})),
+    Layer("data plane", ("ep.transport", "ep.compute", "ep.router", "ep.shard"), frozenset({"torch", "numpy"})),
     Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "vllm", "uvloop"})),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
@@ -61,10 +61,11 @@ LAYERS = (
             "ep.target",
             "ep.vllm_flags",
             "ep.bench",
+            "ep.tune",
             "ep.terminal",
             "ep.devices",
         ),
-        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil"}),
+        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton"}),
     ),
 )
 
@@ -77,9 +78,10 @@ ONLY = {
         "ep.cluster.router_actor",
         "ep.cluster.scheduler",
         "ep.cluster.worker",
+        "ep.bench.kernel_baselines",
         "ep.bench.vllm_client",
     ),
-    "ray": ("ep.cluster.*", "ep.status", "ep.bench.*"),
+    "ray": ("ep.cluster.*", "ep.status", "ep.bench.*", "ep.tune"),
 }
 
 

@@ -113,7 +113,7 @@ def test_a_shard_loaded_from_a_checkpoint_computes_its_experts(tmp_path: Path) -
     checkpoint = write_checkpoint(tmp_path)
     placement = even_split(NUM_LAYERS, NUM_EXPERTS, 2)
     seen: list[tuple[int, int]] = []
-    loaded = Shard.load(checkpoint, placement, 1, on_progress=lambda done, total: seen.append((done, total)))
+    loaded = Shard.load(checkpoint, placement, 1, on_progress=lambda *counts: seen.append(counts), device="cpu")
     made = make_shard(checkpoint.spec, placement, 1, make_experts(checkpoint.spec, torch.bfloat16))
     hidden, ids, weights = random_routing(checkpoint.spec, 12)
     slots = torch.where(ids >= 4, ids - 4, -1)
@@ -145,7 +145,7 @@ torch.set_num_threads(1)
 cpu_moe.supports(torch.bfloat16, 64, 32)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = memory("VmRSS")
-shard = Shard(make_spec(1024, 1024), even_split(NUM_LAYERS, NUM_EXPERTS, 1), 0, layers())
+shard = Shard(make_spec(1024, 1024), even_split(NUM_LAYERS, NUM_EXPERTS, 1), 0, layers(), "cpu")
 print((memory("VmHWM") - before) * 1024 / shard.stats().slot_bytes)
 """
 

@@ -1,0 +1,67 @@
+"""What a shard asks of the code that computes its experts.
+
+Shape legend: T tokens, H hidden, P pairs (token, slot); ep/wire.py has the order of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ep.checkpoint import SlotWeights
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's part of a layer, checked, in host memory.
+
+    rows [T, H] bf16 or float32, or e4m3fn with scales float32 [T, ceil(H / 128)]; counts int32 [T], all at least 1;
+    slot_ids int32 [P] and weights float32 [P]; out [T, H] float32 or bf16: the partials are written there.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    counts: npt.NDArray[np.int32]
+    slot_ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    out: torch.Tensor
+
+
+class ExpertCompute(Protocol):
+    """The slots of every MoE layer of a shard and the code that runs them. For one thread.
+
+    Made empty, by which it is known to be able to compute the model; `add_layer` once per MoE layer, in order, then
+    `finish`, then any number of `run`.
+    """
+
+    @property
+    def path(self) -> str:
+        """The chosen way to compute, in a word."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why that one."""
+        ...
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of the slots, over all layers."""
+        ...
+
+    def add_layer(self, weights: SlotWeights) -> None:
+        """The weights' memory may be kept and reordered in place."""
+        ...
+
+    def finish(self) -> None:
+        """Everything that must not happen while a router waits."""
+        ...
+
+    def run(self, layer_pos: int, works: Sequence[Work]) -> None:
+        """Fills `out` of every work before it returns; the works share passes over the weights."""
+        ...

@@ -1,0 +1,40 @@
+"""Which implementation computes a shard's experts."""
+
+from __future__ import annotations
+
+import torch
+
+from ep.compute.base import ExpertCompute
+from ep.compute.cpu import CpuCompute
+from ep.errors import OptionError
+from ep.model import ModelSpec
+
+
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """The device that is meant; without one the current GPU where torch can use one, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def keeps_quantized(spec: ModelSpec, device: torch.device) -> bool:
+    """Whether the layers that are added there are FP8 with scales rather than dequantised."""
+    return device.type != "cpu" and spec.quant_block is not None
+
+
+def open_compute(spec: ModelSpec, num_slots: int, device: torch.device, max_tokens: int) -> ExpertCompute:
+    """An empty ExpertCompute for num_slots slots per layer. max_tokens: the largest pass on a GPU.
+
+    Raises ModelError where the device's kernels cannot run the model's experts, OptionError for another kind of device.
+    """
+    if device.type == "cpu":
+        return CpuCompute(spec)
+    if device.type != "cuda":
+        raise OptionError(f"shard device is {device}, expected cpu or cuda")
+    from ep.compute.gpu import GpuCompute  # Triton is needed only here
+    from ep.kernels.devices import current_device
+
+    return GpuCompute(spec, num_slots, device, current_device(device.index), max_tokens)
