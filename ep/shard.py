@@ -125,7 +125,7 @@ class Shard:
         Raises CheckpointError and what the class raises.
         """
         spec, slots = checkpoint.spec, placement.slots[:, shard_idx]
-        keep_quantized = keeps_quantized(spec, choose_device(device))
+        keep_quantized = keeps_quantized(spec, choose_device(device), dtype)
         layers = checkpoint.iter_slots(slots, dtype, keep_quantized, on_progress)
         return cls(spec, placement, shard_idx, layers, device, max_pass_tokens)
 

@@ -3,23 +3,17 @@
 Shape legend: T tokens, H hidden, N intermediate, E slots, P pairs (token, slot), C slots of each token.
 Pairs come in token order, counts[t] of them for token t (ep/wire.py), so slot_ids and weights are [P], P = sum(counts).
 
-Two paths. `fused` is vLLM's C++ op, `_C::cpu_fused_moe`: its own kernel for the experts on CPU, loaded without
-importing vLLM. It wants the same number of experts for every token. Where a shard has just that, it is called as vLLM
-calls it and gives the same bits. Elsewhere each pair is a row of its own with one expert: a padded column costs a whole
+Paths: the ops of cpu_ops.py, which want the same number of experts for every token. Where a shard has just that, they
+are called as vLLM calls them. Elsewhere each pair is a row of its own with one expert: a padded column costs a whole
 expert row, and a call per distinct count reads the weights once per call (both measured slower at every batch size of
-16 and up). The op rounds each row to bf16, as vLLM's Triton kernel does; the rows are then summed in float32.
+16 and up). The ops round each row to bf16, as vLLM's Triton kernel does; the rows are then summed in float32.
 `sorted_torch` is the twin in plain torch, for other dtypes, shapes and processors.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,12 +21,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-ComputePath = Literal["fused", "sorted_torch"]
-ALIGNMENT = 32
-"""H and N must be multiples of this for the op's tiles."""
+from ep.kernels import cpu_ops
 
-_op_lock = threading.Lock()
-"""The op has one scratch pad for the whole process: two threads in it at once overwrite each other's rows."""
+ComputePath = Literal["fp8", "bf16", "vllm", "sorted_torch"]
+"""The first three: ep.kernels.cpu_ops.FusedPath."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +41,33 @@ class Job:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """Weights of one layer's slots in the order that `path` wants: w13 [E, 2N, H] (gate, then up), w2 [E, H, N]."""
+    """Weights of one layer's slots in the order that `path` wants: w13 [E, 2N, H] (gate, then up), w2 [E, H, N].
+
+    scales: of w13 and w2, float32, one per block, where they are FP8.
+    """
 
     w13: torch.Tensor
     w2: torch.Tensor
     path: ComputePath
     scratch: Scratch = field(repr=False)
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that go in and come out."""
+        return torch.bfloat16 if self.scales is not None else self.w13.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.w13, self.w2, *(self.scales or ())))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How experts are computed, and why so."""
+
+    path: ComputePath
+    reason: str
 
 
 class Scratch:
@@ -73,30 +86,42 @@ class Scratch:
         return buffer[: num_rows * num_cols].view(num_rows, num_cols)
 
 
-def supports(dtype: torch.dtype, hidden_size: int, moe_intermediate_size: int) -> tuple[bool, str]:
-    """Whether the fused path can be taken, and why (not)."""
-    if dtype != torch.bfloat16:
-        return False, f"vLLM's CPU op is used for bf16 weights, these are {dtype}"
-    if hidden_size % ALIGNMENT or moe_intermediate_size % ALIGNMENT:
-        return False, f"hidden {hidden_size} and intermediate {moe_intermediate_size} are not multiples of {ALIGNMENT}"
-    reason = _load_op()
-    return not reason, reason or f"vLLM's C++ op cpu_fused_moe ({_isa()})"
+def choose(
+    dtype: torch.dtype, hidden_size: int, moe_intermediate_size: int, block: tuple[int, int] | None = None
+) -> Choice:
+    """The fastest path for weights of `dtype`; block: of the scales of FP8 weights."""
+    paths: tuple[cpu_ops.FusedPath, ...] = ("fp8",) if dtype == torch.float8_e4m3fn else ("bf16", "vllm")
+    if dtype not in (torch.float8_e4m3fn, torch.bfloat16):
+        return Choice("sorted_torch", f"vLLM's C++ ops take FP8 and bf16 weights, these are {dtype}")
+    reason = ""
+    for path in paths:
+        supported, reason = cpu_ops.supports(path, hidden_size, moe_intermediate_size, block)
+        if supported:
+            return Choice(path, reason)
+    return Choice("sorted_torch", reason)
 
 
-def pack(w13: torch.Tensor, w2: torch.Tensor, path: ComputePath, scratch: Scratch | None = None) -> PackedExperts:
-    """Reorders w13 [E, 2N, H] and w2 [E, H, N] in place, slot by slot: no second copy of a layer is ever held."""
-    if path == "fused":
+def pack(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    path: ComputePath,
+    scratch: Scratch | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> PackedExperts:
+    """Reorders w13 [E, 2N, H] and w2 [E, H, N] in place."""
+    assert (scales is not None) == (path == "fp8")
+    if path != "sorted_torch":
         for weights in (w13, w2):
-            packed = torch.empty_like(weights[:1])
-            for slot in weights.split(1):
-                torch.ops._C.prepack_moe_weight(slot, packed, _isa())
-                slot.copy_(packed)
-    return PackedExperts(w13, w2, path, scratch or Scratch())
+            cpu_ops.pack(weights, path)
+    return PackedExperts(w13, w2, path, scratch or Scratch(), scales)
 
 
 def moe(experts: PackedExperts, jobs: Sequence[Job]) -> None:
-    """Fills `out` of every job. Jobs of several requests share one pass over the weights; the bits do not depend on
-    which jobs come together."""
+    """Fills `out` of every job. Jobs of several requests share one pass over the weights.
+
+    Which jobs come together leaves the bits as they are, but on the fp8 path, whose op rounds otherwise where a slot
+    has more rows.
+    """
     if experts.path == "sorted_torch":
         for job in jobs:
             sorted_torch(experts.w13, experts.w2, job)
@@ -182,50 +207,5 @@ def _cat(experts: PackedExperts, parts: list[torch.Tensor]) -> torch.Tensor:
 def _op(
     out: torch.Tensor, x: torch.Tensor, experts: PackedExperts, weights: torch.Tensor, slot_ids: torch.Tensor
 ) -> None:
-    with _op_lock:
-        torch.ops._C.cpu_fused_moe(
-            out, x, experts.w13, experts.w2, None, None, weights, slot_ids, False, "silu", _isa()
-        )
-
-
-@lru_cache(maxsize=1)
-def _isa() -> str:
-    """As vLLM's CPU experts choose it."""
-    machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
-        return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
-    return {"aarch64": "neon", "arm64": "neon", "ppc64le": "vsx"}.get(machine, "vec")
-
-
-def _library_name() -> str:
-    """The one library that vLLM's CpuPlatform.import_kernels loads on this processor: two would clash."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "_C"
-    if not torch.cpu._is_avx512_supported():
-        return "_C_AVX2"
-    return "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
-
-
-@lru_cache(maxsize=1)
-def _load_op() -> str:
-    """Registers the op unless vLLM has done so already. Returns what is in the way, "" if nothing is."""
-    if _has_op():
-        return ""
-    if torch.version.cuda or torch.version.hip:
-        return "vLLM's CPU op comes with its CPU build only, and this torch is a GPU build"
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        return "vLLM is not installed"
-    folder = Path(spec.submodule_search_locations[0])
-    files = sorted(folder.glob(f"{_library_name()}.*so"))
-    if not files:
-        return f"{folder} holds no {_library_name()}.*so"
-    try:
-        torch.ops.load_library(str(files[0]))
-    except OSError as error:
-        return f"{files[0]} does not load: {error}"
-    return "" if _has_op() else f"{files[0]} has no cpu_fused_moe"
-
-
-def _has_op() -> bool:
-    return hasattr(torch.ops._C, "cpu_fused_moe") and hasattr(torch.ops._C, "prepack_moe_weight")
+    assert experts.path != "sorted_torch"
+    cpu_ops.run(out, x, experts.w13, experts.w2, experts.scales, weights, slot_ids, experts.path)

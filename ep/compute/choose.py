@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ep.compute.base import ExpertCompute
-from ep.compute.cpu import CpuCompute
+from ep.compute import cpu
 from ep.errors import OptionError
 from ep.model import ModelSpec
 
@@ -20,9 +20,11 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     return device
 
 
-def keeps_quantized(spec: ModelSpec, device: torch.device) -> bool:
-    """Whether the layers that are added there are FP8 with scales rather than dequantised."""
-    return device.type != "cpu" and spec.quant_block is not None
+def keeps_quantized(spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the layers that are added there are FP8 with scales rather than dequantised to `dtype`."""
+    if spec.quant_block is None:
+        return False
+    return device.type != "cpu" or (dtype == torch.bfloat16 and cpu.keeps_quantized(spec))
 
 
 def open_compute(spec: ModelSpec, num_slots: int, device: torch.device, max_tokens: int) -> ExpertCompute:
@@ -31,7 +33,7 @@ def open_compute(spec: ModelSpec, num_slots: int, device: torch.device, max_toke
     Raises ModelError where the device's kernels cannot run the model's experts, OptionError for another kind of device.
     """
     if device.type == "cpu":
-        return CpuCompute(spec)
+        return cpu.CpuCompute(spec)
     if device.type != "cuda":
         raise OptionError(f"shard device is {device}, expected cpu or cuda")
     from ep.compute.gpu import GpuCompute  # Triton is needed only here

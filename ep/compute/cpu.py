@@ -1,4 +1,4 @@
-"""Experts on the CPU: bf16 (or float32) weights, by vLLM's C++ op where it can, by plain torch elsewhere."""
+"""Experts on the CPU: by vLLM's C++ ops where they can, by plain torch elsewhere. FP8 stays FP8 where an op reads it."""
 
 from __future__ import annotations
 
@@ -13,38 +13,51 @@ from ep.kernels.reference import dequantize_tokens
 from ep.model import ModelSpec
 
 
+def keeps_quantized(spec: ModelSpec) -> bool:
+    """Whether an FP8 checkpoint's experts are best left FP8 on this processor."""
+    return choose(spec, torch.float8_e4m3fn).path == "fp8"
+
+
+def choose(spec: ModelSpec, dtype: torch.dtype) -> cpu_moe.Choice:
+    """The path for the model's experts, read as `dtype`."""
+    return cpu_moe.choose(dtype, spec.hidden_size, spec.moe_intermediate_size, spec.quant_block)
+
+
 class CpuCompute:
     """An ExpertCompute; the path follows from the first layer's dtype."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._path: cpu_moe.ComputePath = "sorted_torch"
-        self.reason = "no layers yet"
+        self._choice = cpu_moe.Choice("sorted_torch", "no layers yet")
         self._spec = spec
         self._scratch = cpu_moe.Scratch()
         self._layers: list[cpu_moe.PackedExperts] = []
 
     @property
     def path(self) -> str:
-        return self._path
+        return self._choice.path
+
+    @property
+    def reason(self) -> str:
+        return self._choice.reason
 
     @property
     def slot_bytes(self) -> int:
-        return sum(layer.w13.nbytes + layer.w2.nbytes for layer in self._layers)
+        return sum(layer.nbytes for layer in self._layers)
 
     def add_layer(self, weights: SlotWeights) -> None:
         if not self._layers:
-            supported, self.reason = cpu_moe.supports(
-                weights.w13.dtype, self._spec.hidden_size, self._spec.moe_intermediate_size
-            )
-            self._path = "fused" if supported else "sorted_torch"
-        self._layers.append(cpu_moe.pack(weights.w13, weights.w2, self._path, self._scratch))
+            self._choice = choose(self._spec, weights.w13.dtype)
+        scales = None
+        if weights.w13_scale is not None and weights.w2_scale is not None:
+            scales = (weights.w13_scale, weights.w2_scale)
+        self._layers.append(cpu_moe.pack(weights.w13, weights.w2, self._choice.path, self._scratch, scales))
 
     def finish(self) -> None:
         """Nothing is compiled or allocated later."""
 
     def run(self, layer_pos: int, works: Sequence[Work]) -> None:
         experts = self._layers[layer_pos]
-        cpu_moe.moe(experts, [_job(work, experts.w13.dtype) for work in works])
+        cpu_moe.moe(experts, [_job(work, experts.dtype) for work in works])
 
 
 def _job(work: Work, dtype: torch.dtype) -> cpu_moe.Job:

@@ -129,23 +129,23 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.unit.shards import NUM_EXPERTS, NUM_LAYERS, make_spec
 from ep.checkpoint import SlotWeights
-from ep.kernels import cpu_moe
 from ep.placement import even_split
 from ep.shard import Shard
 
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-def layers():
+def layers(size):
     for _ in range(NUM_LAYERS):
-        shapes = (NUM_EXPERTS, 2048, 1024), (NUM_EXPERTS, 1024, 1024)
+        shapes = (NUM_EXPERTS, 2 * size, size), (NUM_EXPERTS, size, size)
         yield SlotWeights(*(torch.ones(shape, dtype=torch.bfloat16) for shape in shapes))
 
 torch.set_num_threads(1)
-cpu_moe.supports(torch.bfloat16, 64, 32)
+placement = even_split(NUM_LAYERS, NUM_EXPERTS, 1)
+Shard(make_spec(64, 64), placement, 0, layers(64), "cpu")  # libraries are loaded once and are no slots
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = memory("VmRSS")
-shard = Shard(make_spec(1024, 1024), even_split(NUM_LAYERS, NUM_EXPERTS, 1), 0, layers(), "cpu")
+shard = Shard(make_spec(1024, 1024), placement, 0, layers(1024), "cpu")
 print((memory("VmHWM") - before) * 1024 / shard.stats().slot_bytes)
 """
 
