@@ -112,6 +112,9 @@ class Launch:
         for rank in range(self.options.num_routers):
             self._coordinator.set_phase.remote(rank, phase)
 
+    def has_failed_shard(self) -> bool:
+        return any(shard["state"] == "failed" for shard in self.progress()["shards"])
+
     def wait_for_shards(self) -> None:
         """Raises what kept a shard from loading: CheckpointError, ClusterError."""
         try:

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -98,11 +97,6 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     needed = int(placement.num_shards * options.shard_cpus + 0.999)
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
-    server = vllm.result()
-    cpu = server.is_cpu()
-    flags = vllm_flags(target, options.host, options.port, options.api_key, options.vllm_flags, cpu)
-    args = server.parse_flags(flags)
-    check_supported(args, cpu)
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     launch = Launch(
         session,
@@ -122,16 +116,22 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         ),
     )
     try:
+        # Shards, router and server import and load at the same time: each waits for the others only where it must.
         launch.start(on_wait=terminal.say)
+        server = vllm.result()
+        cpu = server.is_cpu()
+        flags = vllm_flags(target, options.host, options.port, options.api_key, options.vllm_flags, cpu)
+        args = server.parse_flags(flags)
+        check_supported(args, cpu)
         launch.link.export()
-        _show_loading(launch, terminal)
-        launch.wait_for_shards()
         ended = threading.Event()
         announce = threading.Thread(target=_announce, args=(options, launch, terminal, ended), daemon=True)
         announce.start()
         try:
             server.run(args)
         except Exception as error:
+            if launch.has_failed_shard():
+                launch.wait_for_shards()
             raise ClusterError(f"the engine ended: {_root_cause(launch, error)}{_see_log(terminal)}") from error
         finally:
             ended.set()
@@ -141,25 +141,24 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         launch.close()
 
 
-def _show_loading(launch: Launch, terminal: Terminal) -> None:
-    """A bar over all experts of all shards, until every shard is up or one failed."""
+def _show_loading(launch: Launch, terminal: Terminal, ended: threading.Event) -> None:
+    """A bar over all experts of all shards, until every shard is up, one failed or the server ended."""
     if not launch.options.num_shard_actors:
         return
+    states: set[str] = set()
     with terminal.progress(f"loading experts into {launch.options.placement.num_shards} shards") as (bar, task):
-        while True:
+        while not ended.wait(0.1) and not (states and states <= {"up", "failed"}):
             shards = launch.progress()["shards"]
             done, total = (sum(shard["experts"][i] for shard in shards) for i in (0, 1))
             bar.update(task, completed=done, total=total or None)
             states = {shard["state"] for shard in shards}
-            if states and states <= {"up", "failed"}:
-                break
-            time.sleep(0.1)
     if states == {"up"}:
         terminal.say(f"{len(shards)} shards hold {total} experts")
 
 
 def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: threading.Event) -> None:
     """Say what the router is doing until the server answers, then where; gives up when the server has ended."""
+    _show_loading(launch, terminal, ended)
     base = f"http://{options.host}:{options.port}"
     last = ""
     while not _answers(f"{base}/health"):

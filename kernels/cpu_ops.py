@@ -2,8 +2,8 @@
 
 Shape legend: T tokens, H hidden, N intermediate, E slots, K slots of each token.
 
-`fused_experts_cpu` (vLLM's copy of SGLang's kernel) reads bf16 weights, or FP8 ones with 128 x 128 scales that it widens in
-registers: half the memory and half the traffic. `cpu_fused_moe` is what vLLM itself runs for bf16 experts.
+`fused_experts_cpu` (vLLM's copy of SGLang's kernel) reads bf16 weights, or FP8 ones with 128 x 128 scales that it
+widens in registers: half the memory, half the traffic. `cpu_fused_moe` is what vLLM itself runs for bf16 experts.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ep.compute.base import ExpertCompute
 from ep.compute import cpu
+from ep.compute.base import ExpertCompute
 from ep.errors import OptionError
 from ep.model import ModelSpec
 

@@ -1,4 +1,4 @@
-"""Experts on the CPU: by vLLM's C++ ops where they can, by plain torch elsewhere. FP8 stays FP8 where an op reads it."""
+"""Experts on the CPU: by vLLM's C++ ops where they can, by plain torch elsewhere. FP8 stays FP8 where an op can."""
 
 from __future__ import annotations
 
