@@ -204,35 +204,29 @@ def _measure_in_parallel(tasks: list[tuple[int, int]], largest: ExpertShape) -> 
     """One Ray actor per GPU; each takes the next task when it has answered."""
     import ray
 
-    class Tuner:
-        def __init__(self, shape: ExpertShape) -> None:
-            self.weights = random_weights(shape)
-
-        def measure(self, num_slots: int, num_tokens: int) -> Measured:
-            return measure(first_slots(self.weights, num_slots), num_tokens, current_device())
+    from ep.cluster.task_pool import run_tasks
 
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False)
-    remote: Any = ray.remote(num_gpus=1)(Tuner)
-    idle = [remote.remote(largest) for _ in range(torch.cuda.device_count())]
-    waiting = list(tasks)
-    running: dict[Any, Any] = {}
     try:
-        while waiting or running:
-            while waiting and idle:
-                actor = idle.pop()
-                running[actor.measure.remote(*waiting.pop(0))] = actor
-            ready, _ = ray.wait(list(running))
-            for reference in ready:
-                result: Measured = ray.get(reference)
-                idle.append(running.pop(reference))
-                yield result
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"ep tune: a GPU's measurement failed: {error}") from error
+        remote: Any = ray.remote(num_gpus=1)(_Tuner)
+        yield from run_tasks([remote.remote(largest) for _ in range(torch.cuda.device_count())], tasks)
+    except ClusterError as error:
+        raise ClusterError(f"ep tune: {error}; what was measured is kept, run it again to go on") from error
     finally:
         if started_here:
             ray.shutdown()
+
+
+class _Tuner:
+    """Measures on the GPU that Ray gave to its process."""
+
+    def __init__(self, shape: ExpertShape) -> None:
+        self._weights = random_weights(shape)
+
+    def run(self, num_slots: int, num_tokens: int) -> Measured:
+        return measure(first_slots(self._weights, num_slots), num_tokens, current_device())
 
 
 def _progress() -> Progress:
