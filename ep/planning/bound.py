@@ -1,7 +1,7 @@
 """How good any placement could be: lower bounds on the busiest shard's load under an equal split over replicas.
 
-Shape legend: B problems (MoE layers, or their nodes), E logical experts, S shards, R redundant slots, N = E + R replicas,
-q replicas on one shard.
+Shape legend: B problems (MoE layers, or their nodes), E logical experts, S shards, R redundant slots, N = E + R
+replicas, q replicas on one shard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 SLACK = 1e-9
 """Relative: keeps rounding from proving anything."""
-STEPS = 24
+STEPS = 12
 MAX_SHARED, MAX_HOTTEST, MAX_SPEND = 12, 8, 128
 """How far the two arguments go: replicas on a shard, experts, extra replicas."""
 
@@ -40,9 +40,9 @@ def lower_bound(
     loads: [B, E]. below: [B], loads that a plan reached, where the search for a bound may end. Placements have E + R
     filled slots, each shard floor(N / S) or one more, an expert at most once per shard.
 
-    Starts from `simple_bound` and bisects over T, refuting that all shards can have at most T. Any such placement gives
-    expert e, of load w_e, at least c_e = ceil(w_e / T) replicas. That leaves at most x = N - sum(c_e) to give. It cannot
-    exist if one of these holds.
+    Starts from `simple_bound` and bisects over T, refuting that all shards can have at most T. Any such placement
+    gives expert e, of load w_e, at least c_e = ceil(w_e / T) replicas. That leaves x = N - sum(c_e) to give. It cannot
+    exist if x < 0, some c_e > S, or one of these holds.
 
     1. Pigeonholes. A shard has at most q - 1 replicas larger than T / q, so all have at most S (q - 1). An expert with
        c_e larger ones loses them only by getting ceil(w_e q / T) replicas. The fewest larger ones for x extra replicas
@@ -108,7 +108,8 @@ def _lacks_company(
     singles = np.sort(np.where(counts > 1, np.inf, loads), axis=1)
     cheapest = np.minimum(singles, several[:, None])
     most_company = num_shards * (least_slots - 1)
-    padding = np.repeat(np.where(np.isfinite(several), several, 0.0)[:, None], max(most_company - num_experts, 0), axis=1)
+    num_padding = max(most_company - num_experts, 0)
+    padding = np.repeat(np.where(np.isfinite(several), several, 0.0)[:, None], num_padding, axis=1)
     cheapest = np.concatenate([np.where(np.isfinite(cheapest), cheapest, 0.0), padding], axis=1)
     company = np.concatenate([np.zeros((num_problems, 1)), np.cumsum(cheapest, axis=1)], axis=1)
     num_replicas = counts[problem, hottest][:, :, None] + spend
