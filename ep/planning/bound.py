@@ -17,7 +17,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 SLACK = 1e-9
 """Relative: keeps rounding from proving anything."""
-STEPS = 12
+PRECISION = 5e-4
+"""Relative: how near to what it can prove the search for a bound comes."""
 MAX_SHARED, MAX_HOTTEST, MAX_SPEND = 12, 8, 128
 """How far the two arguments go: replicas on a shard, experts, extra replicas."""
 
@@ -54,13 +55,17 @@ def lower_bound(
        at least the sum of the r (k - 1) - 2 y lightest of these.
     """
     low = simple_bound(loads, num_shards, num_redundant)
-    high = 2 * low if below is None else below
-    high = np.maximum(high, low)
-    for _ in range(STEPS):
+    high = np.maximum(2 * low if below is None else below, low)
+    middle = high * (1 - PRECISION / 2)  # first what would make a plan as good as optimal
+    while True:
+        rows = np.flatnonzero(high > low * (1 + PRECISION))
+        if not len(rows):
+            return low
+        tried = np.maximum(middle, low)[rows]
+        refuted = _refuted(loads[rows], tried, num_shards, num_redundant)
+        low[rows] = np.where(refuted, tried, low[rows])
+        high[rows] = np.where(refuted, high[rows], tried)
         middle = (low + high) / 2
-        refuted = _refuted(loads, middle, num_shards, num_redundant)
-        low, high = np.where(refuted, middle, low), np.where(refuted, high, middle)
-    return low
 
 
 def _refuted(loads: Float64Array, limit: Float64Array, num_shards: int, num_redundant: int) -> BoolArray:
