@@ -176,13 +176,12 @@ def greedy(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_s
     full = np.zeros(num_problems, dtype=np.int64)
     closed = np.zeros(num_problems, dtype=bool)  # as many are full as may be
     stuck = np.zeros(num_problems, dtype=bool)
-    crowded = np.flatnonzero((counts > 1).any(axis=0))
-    replicated = np.isin(np.arange(num_experts), crowded)
+    replicated = (counts > 1)[problem[:, None], replicas.expert].any(axis=0)
     holds = np.zeros((num_problems, num_experts, num_shards), dtype=bool)
     limits = _DomainLimits(counts, domain_of_shard) if domain_of_shard is not None else None
-    for expert, size in _columns(replicas):
+    for (expert, size), has_replicas in zip(_columns(replicas), replicated, strict=True):
         free = load
-        if replicated[expert].any():
+        if has_replicas:
             free = np.where(holds[problem, expert], np.inf, load)
             if limits is not None:
                 free = np.where(limits.reached(problem, expert), np.inf, free)
@@ -191,7 +190,8 @@ def greedy(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_s
         place = used[problem, shard]
         slots[problem, shard, np.minimum(place, num_slots - 1)] = expert
         load[problem, shard] += size
-        holds[problem, expert, shard] = True
+        if has_replicas:
+            holds[problem, expert, shard] = True
         if limits is not None:
             limits.add(problem, expert, shard)
         used[problem, shard] = place + 1
