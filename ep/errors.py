@@ -5,7 +5,8 @@ EpError
 │   ├── ModelError             unknown model, a config.json that no family matches, an unsupported dimension
 │   ├── CheckpointError        missing, truncated or mis-shaped tensors
 │   ├── PlacementError         a placement that cannot exist (more shards than experts)
-│   └── OptionError            an option or a preset with a wrong value, a port in use, no such Ray cluster
+│   ├── OptionError            an option or a preset with a wrong value, a port in use, no such Ray cluster
+│   └── TraceError             a load trace that is foreign, damaged, too new or empty
 ├── ClusterError               Ray could not give or keep what was asked (resources, nodes, actors)
 └── TransportError             the data plane
     ├── WireError              bytes that are no message of ours
@@ -48,6 +49,10 @@ class PlacementError(UserError):
 
 class OptionError(UserError):
     """An option or preset with a value that cannot be used."""
+
+
+class TraceError(UserError):
+    """A load trace that is none, is damaged, comes from a newer version or holds nothing yet."""
 
 
 class ClusterError(EpError):
