@@ -16,9 +16,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ep.cluster.rebalancer import Outcome, RebalanceOptions, Rebalancer
 from ep.cluster.shard_actor import ShardActor, ShardSetup
 from ep.errors import ClusterError, ShardLostError, UserError
 from ep.link import NAMESPACE, Link
+from ep.placement import Placement
 
 if TYPE_CHECKING:
     from ep.transport.base import Endpoint
@@ -41,6 +43,8 @@ class CoordinatorSetup:
     num_cpus: float
     num_gpus: float
     key: bytes
+    fp8: bool | None
+    rebalance: RebalanceOptions
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,41 @@ class Coordinator:
         self._phases: dict[int, str] = {}
         self._user_error: UserError | None = None
         self._closing = False
+        self._placement = Placement.from_dict(setup.placement)
+        self._coming: Placement | None = None
         self._started_at = time.time()
         for shard in self._shards:
             threading.Thread(
                 target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}"
             ).start()
+
+        self._rebalancer = Rebalancer(setup.link, self._placement, self, setup.rebalance)
+
+    def rebalance(self, force: bool) -> Outcome:
+        """Plan from the load that was seen, and move if that pays back or is forced."""
+        return self._rebalancer.rebalance(force)
+
+    def set_auto_rebalance(self, auto: bool) -> None:
+        self._rebalancer.set_auto(auto)
+
+    def actors(self) -> list[Any]:
+        with self._changed:
+            late = [shard.shard_idx for shard in self._shards if shard.state != "up"]
+            if late:
+                raise ClusterError(f"shards {late} are not up")
+            return [shard.actor for shard in self._shards]
+
+    def endpoints(self) -> list[Endpoint]:
+        with self._changed:
+            return [self._member(shard).endpoint for shard in self._shards]
+
+    def expect(self, placement: Placement | None) -> None:
+        with self._changed:
+            self._coming = placement
+
+    def go_over(self, placement: Placement) -> None:
+        with self._changed:
+            self._placement, self._coming = placement, None
 
     def members(self, timeout_s: float) -> list[Member]:
         """All shards, once all are up. Raises the loading error of a shard, ClusterError after timeout_s."""
@@ -140,12 +174,12 @@ class Coordinator:
             "instance": self._setup.link.instance,
             "model": self._setup.model,
             "checkpoint": self._setup.checkpoint,
-            "generation": self._setup.placement["generation"],
+            "generation": self._placement.generation,
             "num_routers": self._setup.link.num_routers,
             "uptime_s": time.time() - self._started_at,
             "routers": dict(self._phases),
             "shards": shards,
-        }
+        } | self._rebalancer.status()
 
     def close(self) -> None:
         """End all shards and restart none."""
@@ -204,10 +238,17 @@ class Coordinator:
                 self._group, placement_group_bundle_index=shard.shard_idx
             ),
         }
+        with self._changed:
+            coming = None if self._coming is None else self._coming.to_dict()
+            placement = self._placement.to_dict()
         actor = (
             ray.remote(ShardActor)
             .options(**options)
-            .remote(ShardSetup(setup.checkpoint, setup.placement, shard.shard_idx, setup.num_threads, setup.key))
+            .remote(
+                ShardSetup(
+                    setup.checkpoint, placement, shard.shard_idx, setup.num_threads, setup.key, setup.fp8, coming
+                )
+            )
         )
         with self._changed:
             shard.actor, shard.state, shard.incarnation = actor, "loading", incarnation

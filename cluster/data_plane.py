@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import threading
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -29,6 +30,13 @@ class DataPlane:
 
     router: Router
     transport: Transport
+    between_steps: threading.Lock = field(default_factory=threading.Lock)
+    """Held during a step: whoever holds it may change what steps rely on."""
+
+    def adopt(self, placement: Placement) -> None:
+        """Route by this placement from the next step on. Raises PlacementError."""
+        with self.between_steps:
+            self.router.set_placement(placement)
 
     def status(self) -> dict[str, Any]:
         """Counters of every link, and the losses that were mended."""
@@ -51,7 +59,8 @@ def open_data_plane(setup: RouterSetup, max_tokens: int) -> DataPlane:
     transport: Transport
     replace = None
     if setup.transport == "local":
-        shards = [Shard.load(checkpoint, placement, shard_idx) for shard_idx in range(placement.num_shards)]
+        indices = range(placement.num_shards)
+        shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
         transport = LocalTransport(shards, spec.hidden_size, spec.top_k, max_tokens)
     else:
         coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)

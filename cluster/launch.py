@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ep.cluster.coordinator import Coordinator, CoordinatorSetup
+from ep.cluster.rebalancer import RebalanceOptions
 from ep.cluster.router_actor import RouterActor, RouterSetup
 from ep.cluster.session import Session
 from ep.errors import ClusterError
@@ -34,6 +35,7 @@ class LaunchOptions:
     placement: Placement
     transport: str = "socket"
     dispatch_dtype: str = "bf16"
+    fp8: bool | None = None
     deadline_s: float = 60.0
     start_timeout_s: float = 1800.0
     wait_s: float = 60.0
@@ -44,6 +46,7 @@ class LaunchOptions:
     router_threads: int = 1
     router_gpus: float = 0.0
     router_environment: dict[str, str] = field(default_factory=dict)
+    rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
 
     @property
     def num_shard_actors(self) -> int:
@@ -94,6 +97,8 @@ class Launch:
                     num_cpus=options.shard_cpus,
                     num_gpus=options.shard_gpus,
                     key=self._key,
+                    fp8=options.fp8,
+                    rebalance=options.rebalance,
                 ),
                 self._group,
             )
@@ -149,6 +154,7 @@ class Launch:
             start_timeout_s=options.start_timeout_s,
             num_threads=options.router_threads,
             key=self._key,
+            fp8=options.fp8,
             environment=options.router_environment,
         )
         return (

@@ -38,6 +38,7 @@ class RouterSetup:
     start_timeout_s: float
     num_threads: int
     key: bytes
+    fp8: bool | None
     environment: dict[str, str]
 
 
@@ -79,6 +80,13 @@ class RouterActor:
         """Serve steps until the queue is closed; its end tells the executor that this router is gone."""
         self._call(self._serve)
 
+    def adopt(self, placement: dict[str, Any]) -> None:
+        """Route by this placement from the next step on."""
+        from ep.placement import Placement
+
+        assert self._data_plane is not None, "start comes before adopt"
+        self._data_plane.adopt(Placement.from_dict(placement))
+
     def status(self) -> dict[str, Any]:
         """Counters of the router's data plane."""
         base = {"rank": self._setup.rank, "pid": os.getpid()}
@@ -119,6 +127,7 @@ class RouterActor:
         assert self._steps is not None, "connect comes before start"
         self._worker = RouterWorker(
             self._steps,
+            self._data_plane.between_steps,
             vllm_config=vllm_config,
             local_rank=rank,
             rank=rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,18 +11,27 @@ from typing import TYPE_CHECKING, Any
 from ep.cluster.session import restore_priority
 
 if TYPE_CHECKING:
+    from ep.migration import Transfer
+    from ep.mover import Moved
     from ep.transport.base import Endpoint
+
+SWITCH_S = 5e-4
+"""How long a control call may keep the interpreter from the thread that serves."""
 
 
 @dataclass(frozen=True)
 class ShardSetup:
-    """What a shard is made from. placement: Placement.to_dict(); key: the cluster's random key."""
+    """What a shard is made from. placement: Placement.to_dict(); key: the cluster's random key; fp8: whether an FP8
+    checkpoint's experts stay so, None for the device's default; coming: a placement that routers may go over to while
+    this shard starts."""
 
     checkpoint: str
     placement: dict[str, Any]
     shard_idx: int
     num_threads: int
     key: bytes
+    fp8: bool | None = None
+    coming: dict[str, Any] | None = None
 
 
 class ShardActor:
@@ -33,6 +43,8 @@ class ShardActor:
         restore_priority()
         self._setup = setup
         self._shard: Any = None
+        self._mover: Any = None
+        sys.setswitchinterval(SWITCH_S)
         self._progress = (0, 0)
 
     def load(self) -> None:
@@ -41,23 +53,54 @@ class ShardActor:
         from ep.placement import Placement
         from ep.shard import Shard
 
+        coming = self._setup.coming
         self._shard = Shard.load(
             Checkpoint(self._setup.checkpoint),
             Placement.from_dict(self._setup.placement),
             self._setup.shard_idx,
             on_progress=self._note_progress,
+            fp8=self._setup.fp8,
+            coming=None if coming is None else Placement.from_dict(coming),
         )
 
     def listen(self) -> Endpoint:
         """Open the data plane's sockets on this node; returns where routers connect."""
         import ray
 
+        from ep.checkpoint import Checkpoint
+        from ep.mover import Mover
+
+        node_id = ray.get_runtime_context().get_node_id()
+        self._mover = Mover(self._shard, Checkpoint(self._setup.checkpoint), self._setup.key, node_id)
         return self._shard.listen(
             self._setup.key,
-            node_id=ray.get_runtime_context().get_node_id(),
+            node_id=node_id,
             host=ray.util.get_node_ip_address(),
             num_threads=self._setup.num_threads,
         )
+
+    def prepare(self, placement: dict[str, Any], transfers: list[Transfer], endpoints: list[Endpoint]) -> Moved:
+        """Take in new experts beside the old ones, try them, and answer requests of that placement too.
+
+        Raises ShardLostError, ShardFailedError, ClusterError: the placement is then not served.
+        """
+        from ep.placement import Placement
+
+        return self._mover.prepare(Placement.from_dict(placement), transfers, endpoints)
+
+    def drop(self, generation: int) -> None:
+        """Answer no more requests of this generation."""
+        self._shard.drop(generation)
+
+    def slot_bytes(self) -> int:
+        """Of one slot in one layer."""
+        from ep.compute import slot_memory
+
+        return slot_memory.num_bytes(self._shard.slot_parts(0, 0))
+
+    def link_speed(self, layer_pos: int, slot_idx: int, endpoint: Endpoint) -> float:
+        """Bytes per second of reading a peer's slot."""
+        return self._mover.link_speed(layer_pos, slot_idx, endpoint)
 
     def progress(self) -> tuple[int, int]:
         """(experts loaded, experts to load)."""

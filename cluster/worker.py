@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from vllm.logger import init_logger
@@ -17,7 +18,7 @@ logger = init_logger(__name__)
 class RouterWorker(WorkerProc):
     """A WorkerProc whose steps fail alone: when the data plane gives up, the step's requests end, not the engine."""
 
-    def __init__(self, steps: StepQueue, vllm_config: Any, **options: Any) -> None:
+    def __init__(self, steps: StepQueue, between_steps: threading.Lock, vllm_config: Any, **options: Any) -> None:
         self._steps = steps
         super().__init__(input_shm_handle=None, vllm_config=vllm_config, **options)
         execute_model = self.worker.execute_model
@@ -27,7 +28,8 @@ class RouterWorker(WorkerProc):
 
         def execute_or_fail(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                output = execute_model(scheduler_output, *args, **kwargs)
+                with between_steps:
+                    output = execute_model(scheduler_output, *args, **kwargs)
             except TransportError as error:
                 logger.error("step failed: %s", error)
                 return FailedStep(str(error))

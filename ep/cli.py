@@ -35,6 +35,14 @@ def cli() -> None:
 )
 @click.option("--dispatch-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True)
 @click.option(
+    "--expert-dtype",
+    type=click.Choice(["auto", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="auto: FP8 experts stay FP8 on GPUs and become bf16 on CPUs, as in native vLLM. fp8: stay FP8 there too, in "
+    "half the memory.",
+)
+@click.option(
     "--deadline",
     "deadline_s",
     type=click.FloatRange(0.1),
@@ -55,6 +63,18 @@ def cli() -> None:
 )
 @click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--redundant", type=click.IntRange(0), default=0, show_default=True, help="Replicas of experts in each layer."
+)
+@click.option(
+    "--spare-slots",
+    type=click.IntRange(0),
+    help="Empty slots per shard and layer, which rebalancing moves experts into. [default: one for every 16]",
+)
+@click.option(
+    "--auto-rebalance/--no-auto-rebalance", default=True, show_default=True, help="Move experts where that pays back."
+)
+@click.option("--rebalance-interval", "rebalance_interval_s", type=click.FloatRange(1), default=60.0, show_default=True)
 @click.option("--api-key", envvar="EP_API_KEY", help="Key that clients must send. [env: EP_API_KEY]")
 @click.option("--check", is_flag=True, help="Stop as soon as a first token has come back.")
 @click.option("--verbose", is_flag=True, help="Library logs on the terminal instead of in a file.")
@@ -74,6 +94,19 @@ def status(address: str, as_json: bool) -> None:
     from ep.status import collect, show
 
     show(collect(address), as_json)
+
+
+@cli.command()
+@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
+@click.option("--instance", metavar="NAME", help="Which instance, where several run (`ep status` names them).")
+@click.option("--now", is_flag=True, help="Move also where it does not pay back.")
+@click.option("--auto/--no-auto", default=None, help="Turn automatic rebalancing on or off, and do nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
+def rebalance(**options: Any) -> None:
+    """Level the shards by the load that was seen: plan, weigh gain against cost, move experts while serving."""
+    from ep.rebalance import RebalanceCommand, run
+
+    sys.exit(run(RebalanceCommand(**options)))
 
 
 @cli.group()

@@ -156,3 +156,10 @@ def even_split(num_moe_layers: int, num_experts: int, num_shards: int, generatio
     for shard_idx, block in enumerate(np.array_split(np.arange(num_experts), num_shards)):
         slots[shard_idx, : len(block)] = block
     return Placement(generation, num_experts, np.broadcast_to(slots, (num_moe_layers, *slots.shape)))
+
+
+def with_spares(placement: Placement, num_spares: int) -> Placement:
+    """The same with num_spares more slots on every shard and layer, EMPTY: what a migration moves into."""
+    padding = ((0, 0), (0, 0), (0, num_spares))
+    slots = np.pad(placement.slots, padding, constant_values=EMPTY)
+    return Placement(placement.generation, placement.num_experts, slots)

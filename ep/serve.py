@@ -14,9 +14,14 @@ import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ep.cluster.router_actor import FAILED
 from ep.errors import ClusterError, OptionError, PlacementError
-from ep.placement import even_split
+from ep.model import ModelSpec
+from ep.placement import Placement, even_split, with_spares
+from ep.planning.plan import plan
+from ep.planning.request import PlanRequest
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal
 from ep.vllm_flags import check_supported, vllm_flags
@@ -31,7 +36,10 @@ class ServeOptions:
 
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
     "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included. check: end as soon as a first token has come back.
+    restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
+    them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
+    spare_slots: empty slots per shard and layer that a rebalance moves into, by default one for every 16. check: end as
+    soon as a first token has come back.
     """
 
     model: str
@@ -43,11 +51,16 @@ class ServeOptions:
     port: int = 8000
     transport: str = "socket"
     dispatch_dtype: str = "bf16"
+    expert_dtype: str = "auto"
     deadline_s: float = 60.0
     wait_s: float = 60.0
     shard_cpus: float = 1.0
     shard_threads: int = 1
     router_threads: int = 1
+    redundant: int = 0
+    spare_slots: int | None = None
+    auto_rebalance: bool = True
+    rebalance_interval_s: float = 60.0
     api_key: str | None = None
     check: bool = False
     verbose: bool = False
@@ -66,7 +79,7 @@ def serve(options: ServeOptions) -> None:
             f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
             f"expected 1 to {target.spec.num_experts} shards"
         )
-    placement = even_split(target.spec.num_moe_layers, target.spec.num_experts, num_shards)
+    placement = first_placement(target.spec, num_shards, options)
     with terminal.quiet("serve"):
         try:
             _serve(options, target, placement, terminal)
@@ -78,6 +91,18 @@ def serve(options: ServeOptions) -> None:
     terminal.say("stopped: no process left")
 
 
+def first_placement(spec: ModelSpec, num_shards: int, options: ServeOptions) -> Placement:
+    """Before any load was seen: every expert counts the same. Raises PlacementError."""
+    placement = even_split(spec.num_moe_layers, spec.num_experts, num_shards)
+    if options.redundant:
+        uniform = np.ones((spec.num_moe_layers, spec.num_experts))
+        placement = plan(uniform, PlanRequest(num_shards, options.redundant)).placement
+    if options.transport == "local":
+        return placement
+    spare = options.spare_slots if options.spare_slots is not None else -(-placement.slots_per_shard // 16)
+    return with_spares(placement, spare)
+
+
 def default_shards() -> int:
     """One shard a CPU core, at most 2: on one machine more shards only add messages."""
     return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -87,6 +112,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     vllm = _InBackground(_import_server)
     from ep.cluster import session as sessions
     from ep.cluster.launch import Launch, LaunchOptions
+    from ep.cluster.rebalancer import RebalanceOptions
 
     terminal.say("starting: Ray and vLLM")
     address = options.address
@@ -107,12 +133,14 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             placement=placement,
             transport=options.transport,
             dispatch_dtype=options.dispatch_dtype,
+            fp8=True if options.expert_dtype == "fp8" else None,
             deadline_s=options.deadline_s,
             wait_s=options.wait_s,
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
+            rebalance=RebalanceOptions(options.redundant, options.auto_rebalance, options.rebalance_interval_s),
         ),
     )
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +19,11 @@ import torch
 
 from ep.assign import split
 from ep.checkpoint import Checkpoint, OnProgress, SlotWeights
+from ep.compute import slot_memory
 from ep.compute.base import Work
 from ep.compute.choose import choose_device, keeps_quantized, open_compute
 from ep.errors import PlacementError, WireError
+from ep.migration import union
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.transport.base import Endpoint, spec_fingerprint
@@ -28,7 +31,7 @@ from ep.transport.buffer import DispatchViews, from_raw
 from ep.transport.handshake import Identity
 from ep.transport.listener import Listener, Request
 from ep.transport.scheduling import let_waker_run_on
-from ep.wire import Dispatch
+from ep.wire import Chunk, Dispatch, Fetch
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 65536
@@ -92,9 +95,11 @@ class Shard:
         self.spec = spec
         self.placement = placement
         self.shard_idx = shard_idx
+        self._served = {placement.generation: placement}
         self._compute = open_compute(spec, placement.slots_per_shard, choose_device(device), max_pass_tokens)
         num_layers = 0
         for weights in layers:
+            self._keeps_quantized = weights.w13_scale is not None
             self._compute.add_layer(weights)
             num_layers += 1
         assert num_layers == spec.num_moe_layers
@@ -119,15 +124,73 @@ class Shard:
         on_progress: OnProgress | None = None,
         device: torch.device | str | None = None,
         max_pass_tokens: int = MAX_PASS_TOKENS,
+        coming: Placement | None = None,
+        fp8: bool | None = None,
     ) -> Shard:
-        """Reads this shard's experts, one layer after the other; dtype is for those that are not kept FP8.
+        """Reads this shard's experts, one layer after the other; dtype is for those that are not kept FP8,
+        fp8 says whether an FP8 checkpoint's are (`keeps_quantized`).
 
+        coming: a placement that routers may go over to at any time: its experts are held, and it is admitted, too.
         Raises CheckpointError and what the class raises.
         """
-        spec, slots = checkpoint.spec, placement.slots[:, shard_idx]
-        keep_quantized = keeps_quantized(spec, choose_device(device), dtype)
+        spec = checkpoint.spec
+        slots = (placement.slots if coming is None else union(placement, coming))[:, shard_idx]
+        keep_quantized = keeps_quantized(spec, choose_device(device), fp8)
         layers = checkpoint.iter_slots(slots, dtype, keep_quantized, on_progress)
-        return cls(spec, placement, shard_idx, layers, device, max_pass_tokens)
+        shard = cls(spec, placement, shard_idx, layers, device, max_pass_tokens)
+        if coming is not None:
+            shard.admit(coming)
+        return shard
+
+    @property
+    def generations(self) -> list[int]:
+        """Of the placements whose requests are answered."""
+        return sorted(self._served)
+
+    def admit(self, placement: Placement) -> None:
+        """From now on requests of this placement are answered too; the slots it uses hold its experts by now."""
+        assert placement.slots.shape == self.placement.slots.shape
+        self._serve_only({**self._served, placement.generation: placement})
+
+    def drop(self, generation: int) -> None:
+        """Requests of this placement are refused from now on; no-op if they are already."""
+        left = {number: placement for number, placement in self._served.items() if number != generation}
+        assert left, "a shard serves some placement"
+        self._serve_only(left)
+
+    def _serve_only(self, served: dict[int, Placement]) -> None:
+        self._served = served  # replaced, never changed: the serving thread reads it without a lock
+        self.placement = served[max(served)]
+        self._stats.generation = max(served)
+
+    @property
+    def slot_format(self) -> str:
+        return self._compute.slot_format
+
+    @property
+    def keeps_quantized(self) -> bool:
+        """Whether slots are loaded FP8 with scales."""
+        return self._keeps_quantized
+
+    def slot_parts(self, layer_pos: int, slot_idx: int) -> list[torch.Tensor]:
+        """The memory of one slot, to be written only where no placement that is served uses it."""
+        return self._compute.slot_parts(layer_pos, slot_idx)
+
+    def load_slot(self, layer_pos: int, slot_idx: int, weights: SlotWeights) -> None:
+        """Overwrites one slot, under the same rule."""
+        self._compute.load_slot(layer_pos, slot_idx, weights)
+
+    def read_slot(self, message: Fetch, out: torch.Tensor) -> Chunk:
+        """Fills out with bytes of a slot that a served placement uses. Raises WireError."""
+        placement = self.placement
+        if message.layer_pos >= placement.num_moe_layers or message.slot_idx >= placement.slots_per_shard:
+            raise WireError(f"slot {message.slot_idx} of MoE layer {message.layer_pos} is asked for: there is none")
+        parts = self.slot_parts(message.layer_pos, message.slot_idx)
+        total = slot_memory.num_bytes(parts)
+        if message.offset + message.length > total:
+            raise WireError(f"bytes {message.offset} + {message.length} of a slot of {total} are asked for")
+        slot_memory.read(parts, message.offset, out)
+        return Chunk(message.seq, total, zlib.crc32(out.numpy().data), self.slot_format)
 
     @property
     def compute_path(self) -> str:
@@ -185,6 +248,7 @@ class Shard:
             max_tokens,
         )
         listener = Listener(identity, key)
+        listener.slots = self
         endpoint = listener.open(node_id, unix_dir, host)
         self._listener = listener
         self._thread = threading.Thread(
@@ -270,8 +334,8 @@ class Shard:
 
     def _check(self, asked: Asked) -> Work:
         message, views = asked.message, asked.views
-        if message.generation != self.placement.generation:
-            raise WireError(f"placement generation is {message.generation}, expected {self.placement.generation}")
+        if message.generation not in self._served:
+            raise WireError(f"placement generation is {message.generation}, expected one of {self.generations}")
         # Checked and used from memory that the router cannot reach: the op does not check what it indexes with.
         counts, slot_ids = views.counts.copy(), views.slot_ids.copy()
         if counts.min() < 1 or counts.max() > self.spec.top_k or counts.sum(dtype=np.int64) != len(slot_ids):

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ep.errors import OptionError
+from ep.instances import coordinators
 from ep.link import NAMESPACE
 
 _TIMEOUT_S = 10.0
@@ -19,22 +19,13 @@ def collect(address: str) -> list[dict[str, Any]]:
     """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError."""
     import ray
 
-    from ep.cluster.session import join_or_start, runs_here
-
-    if address == "auto" and not runs_here():
-        raise OptionError("--address auto: no Ray cluster runs on this machine")
-    join_or_start(address, num_cpus=0)
-    try:
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        names = sorted(a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].endswith("/coordinator"))
+    with coordinators(address) as found:
         instances = []
-        for name in names:
-            instance = ray.get(ray.get_actor(name, namespace=NAMESPACE).status.remote(), timeout=_TIMEOUT_S)
+        for coordinator in found.values():
+            instance = ray.get(coordinator.status.remote(), timeout=_TIMEOUT_S)
             instance["routers"] = [_router(instance, rank) for rank in range(instance["num_routers"])]
             instances.append(instance)
         return instances
-    finally:
-        ray.shutdown()
 
 
 def show(instances: list[dict[str, Any]], as_json: bool) -> None:

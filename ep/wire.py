@@ -9,6 +9,7 @@ Payloads (every part starts at a multiple of ALIGN bytes):
     Dispatch  counts int32 [T], slot_ids int32 [P], weights float32 [P], scales float32 [T, ceil(H / 128)] (fp8 only),
               rows [T, H]
     Combine   partials [T, H]
+    Chunk     bytes of a slot
 
 Shape legend: T tokens sent to one shard, H hidden, P pairs (token, slot).
 Pairs are in token order, counts[t] of them for token t: the rows of a sparse matrix in CSR format, nothing is padded.
@@ -26,7 +27,7 @@ import msgpack
 
 from ep.errors import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"EP\x00\x01"
 BLOCK_BYTES = 512
 PREFIX = struct.Struct("<4sIQ")
@@ -135,6 +136,29 @@ class Pong(Message):
     seq: int
 
 
+@dataclass(frozen=True)
+class Fetch(Message):
+    """A shard that is to hold an expert too asks for bytes of a slot that holds it."""
+
+    kind: ClassVar[int] = 8
+    seq: int
+    layer_pos: int
+    slot_idx: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk(Message):
+    """The bytes asked for, as payload. slot_bytes: of the whole slot; format: what its bytes mean."""
+
+    kind: ClassVar[int] = 9
+    seq: int
+    slot_bytes: int
+    crc32: int
+    format: str
+
+
 class _Codec:
     """Fields of one kind of message, in the order of the wire."""
 
@@ -157,7 +181,7 @@ class _Codec:
         return message
 
 
-_CODECS = {cls.kind: _Codec(cls) for cls in (Hello, Welcome, Dispatch, Combine, Failure, Ping, Pong)}
+_CODECS = {cls.kind: _Codec(cls) for cls in (Hello, Welcome, Dispatch, Combine, Failure, Ping, Pong, Fetch, Chunk)}
 
 
 @dataclass(frozen=True)

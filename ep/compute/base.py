@@ -54,6 +54,20 @@ class ExpertCompute(Protocol):
         """Memory of the slots, over all layers."""
         ...
 
+    @property
+    def slot_format(self) -> str:
+        """Equal wherever the bytes of a slot mean the same weights."""
+        ...
+
+    def slot_parts(self, layer_pos: int, slot_idx: int) -> list[torch.Tensor]:
+        """The memory of one slot (ep/compute/slot_memory.py). May be read, and written where no request goes to the
+        slot, by any thread while another runs `run`."""
+        ...
+
+    def load_slot(self, layer_pos: int, slot_idx: int, weights: SlotWeights) -> None:
+        """Overwrites one slot with weights of one slot, under the same rule."""
+        ...
+
     def add_layer(self, weights: SlotWeights) -> None:
         """The weights' memory may be kept and reordered in place."""
         ...

@@ -6,7 +6,7 @@ import torch
 
 from ep.compute import cpu
 from ep.compute.base import ExpertCompute
-from ep.errors import OptionError
+from ep.errors import ModelError, OptionError
 from ep.model import ModelSpec
 
 
@@ -20,11 +20,18 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     return device
 
 
-def keeps_quantized(spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the layers that are added there are FP8 with scales rather than dequantised to `dtype`."""
-    if spec.quant_block is None:
-        return False
-    return device.type != "cpu" or (dtype == torch.bfloat16 and cpu.keeps_quantized(spec))
+def keeps_quantized(spec: ModelSpec, device: torch.device, fp8: bool | None = None) -> bool:
+    """Whether the layers that are added there are FP8 with scales rather than dequantised.
+
+    fp8: what was asked for. None: an FP8 checkpoint's experts stay FP8 on a GPU; on a CPU they are dequantised, as
+    native vLLM does, whose text they then repeat. Raises ModelError where FP8 is asked for and cannot be.
+    """
+    if device.type != "cpu" or fp8 is not True:
+        return device.type != "cpu" and spec.quant_block is not None
+    choice = cpu.choose(spec, torch.float8_e4m3fn)
+    if choice.path != "fp8":
+        raise ModelError(f"{spec.source}: experts cannot stay FP8 on this CPU: {choice.reason}")
+    return True
 
 
 def open_compute(spec: ModelSpec, num_slots: int, device: torch.device, max_tokens: int) -> ExpertCompute:

@@ -8,14 +8,9 @@ import torch
 
 from ep.checkpoint import SlotWeights
 from ep.compute.base import Work
-from ep.kernels import cpu_moe
+from ep.kernels import cpu_moe, cpu_ops
 from ep.kernels.reference import dequantize_tokens
 from ep.model import ModelSpec
-
-
-def keeps_quantized(spec: ModelSpec) -> bool:
-    """Whether an FP8 checkpoint's experts are best left FP8 on this processor."""
-    return choose(spec, torch.float8_e4m3fn).path == "fp8"
 
 
 def choose(spec: ModelSpec, dtype: torch.dtype) -> cpu_moe.Choice:
@@ -44,13 +39,24 @@ class CpuCompute:
     def slot_bytes(self) -> int:
         return sum(layer.nbytes for layer in self._layers)
 
+    @property
+    def slot_format(self) -> str:
+        return f"{self.path} {cpu_ops.isa()}"
+
+    def slot_parts(self, layer_pos: int, slot_idx: int) -> list[torch.Tensor]:
+        layer = self._layers[layer_pos]
+        return [part[slot_idx] for part in _tensors(layer)]
+
+    def load_slot(self, layer_pos: int, slot_idx: int, weights: SlotWeights) -> None:
+        packed = cpu_moe.pack(weights.w13, weights.w2, self._choice.path, scales=_scales(weights))
+        for part, new in zip(self.slot_parts(layer_pos, slot_idx), _tensors(packed), strict=True):
+            part.copy_(new[0])
+
     def add_layer(self, weights: SlotWeights) -> None:
         if not self._layers:
             self._choice = choose(self._spec, weights.w13.dtype)
-        scales = None
-        if weights.w13_scale is not None and weights.w2_scale is not None:
-            scales = (weights.w13_scale, weights.w2_scale)
-        self._layers.append(cpu_moe.pack(weights.w13, weights.w2, self._choice.path, self._scratch, scales))
+        packed = cpu_moe.pack(weights.w13, weights.w2, self._choice.path, self._scratch, _scales(weights))
+        self._layers.append(packed)
 
     def finish(self) -> None:
         """Nothing is compiled or allocated later."""
@@ -58,6 +64,16 @@ class CpuCompute:
     def run(self, layer_pos: int, works: Sequence[Work]) -> None:
         experts = self._layers[layer_pos]
         cpu_moe.moe(experts, [_job(work, experts.dtype) for work in works])
+
+
+def _scales(weights: SlotWeights) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if weights.w13_scale is None or weights.w2_scale is None:
+        return None
+    return weights.w13_scale, weights.w2_scale
+
+
+def _tensors(experts: cpu_moe.PackedExperts) -> tuple[torch.Tensor, ...]:
+    return (experts.w13, experts.w2, *(experts.scales or ()))
 
 
 def _job(work: Work, dtype: torch.dtype) -> cpu_moe.Job:

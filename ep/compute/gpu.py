@@ -64,6 +64,22 @@ class GpuCompute:
         parts = (weights.gate_up, weights.down, weights.gate_up_scale_inv, weights.down_scale_inv)
         return sum(part.nbytes for part in parts if part is not None)
 
+    @property
+    def slot_format(self) -> str:
+        return f"{self.path} {self._weights.shape.dtype}"
+
+    def slot_parts(self, layer_pos: int, slot_idx: int) -> list[torch.Tensor]:
+        weights = self._weights
+        stacks = (weights.gate_up, weights.down, weights.gate_up_scale_inv, weights.down_scale_inv)
+        return [stack[layer_pos, slot_idx] for stack in stacks if stack is not None]
+
+    def load_slot(self, layer_pos: int, slot_idx: int, weights: SlotWeights) -> None:
+        one, ours = slice(slot_idx, slot_idx + 1), self._weights
+        scales = [_layer(scale, layer_pos) for scale in (ours.gate_up_scale_inv, ours.down_scale_inv)]
+        gate_up_scale, down_scale = (None if scale is None else scale[one] for scale in scales)
+        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer_pos][one], gate_up_scale)
+        _copy_in(weights.w2, weights.w2_scale, ours.down[layer_pos][one], down_scale)
+
     def add_layer(self, weights: SlotWeights) -> None:
         layer, ours = self._num_loaded, self._weights
         _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer], _layer(ours.gate_up_scale_inv, layer))

@@ -75,6 +75,10 @@ class Buffer:
             scales=scales,
         )
 
+    def raw(self, num_bytes: int) -> torch.Tensor:
+        """The first bytes of the payload, uint8."""
+        return torch.from_numpy(self._bytes[:num_bytes])
+
     def combine_rows(self, num_tokens: int, hidden_size: int, dtype: str) -> torch.Tensor:
         """The payload of a Combine: [num_tokens, hidden_size] of `dtype`."""
         return from_raw(self._rows(0, num_tokens, hidden_size, dtype), dtype)

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -29,9 +30,11 @@ from ep.transport.channel import Channel
 from ep.transport.handshake import Admitted, Identity, admit
 from ep.wire import (
     BLOCK_BYTES,
+    Chunk,
     Combine,
     Dispatch,
     Failure,
+    Fetch,
     Message,
     Ping,
     Pong,
@@ -83,6 +86,14 @@ class Request:
     out: torch.Tensor
 
 
+class SlotSource(Protocol):
+    """Where the bytes of slots come from."""
+
+    def read_slot(self, message: Fetch, out: torch.Tensor) -> Chunk:
+        """Fills out, uint8 [message.length]. Raises WireError."""
+        ...
+
+
 class Listener:
     """`open` once, then `wait` and `answer` or `fail` from one thread; `close` from any."""
 
@@ -98,6 +109,7 @@ class Listener:
         self._lock = threading.Lock()
         self._poll = select.poll()
         self._connections: dict[int, Connection] = {}
+        self.slots: SlotSource | None = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._poll.register(self._wake_read, select.POLLIN)
@@ -258,6 +270,9 @@ class Listener:
         if isinstance(message, Ping) and not frame.payload_bytes:
             self._post(connection, Pong(message.seq), 0)
             return None
+        if isinstance(message, Fetch) and not frame.payload_bytes:
+            self._send_chunk(connection, message)
+            return None
         if not isinstance(message, Dispatch):
             raise WireError(f"{type(message).__name__} with {frame.payload_bytes} bytes came instead of Dispatch")
         router = connection.router
@@ -277,6 +292,14 @@ class Listener:
             channel.incoming.dispatch_views(message, hidden_size),
             channel.outgoing.combine_rows(message.num_tokens, hidden_size, message.combine_dtype),
         )
+
+    def _send_chunk(self, connection: Connection, message: Fetch) -> None:
+        outgoing = connection.channel.outgoing
+        if self.slots is None or not 0 < message.length <= outgoing.capacity:
+            raise WireError(f"{message.length} bytes of a slot are asked for, expected 1 to {outgoing.capacity}")
+        chunk = self.slots.read_slot(message, outgoing.raw(message.length))
+        self.stats.bytes_out += BLOCK_BYTES + message.length
+        self._post(connection, chunk, message.length)
 
     def _post(self, connection: Connection, message: Message, payload_bytes: int) -> None:
         if not connection.is_open:

@@ -128,7 +128,7 @@ class SocketTransport:
 
     def _connect(self, link: _Link, deadline: float) -> None:
         endpoint = link.endpoint
-        sock, address = _socket(endpoint, self._node_id)
+        sock, address = unconnected(endpoint, self._node_id)
         try:
             sock.settimeout(max(deadline - time.monotonic(), 1e-3))
             sock.connect(address)
@@ -239,7 +239,7 @@ class SocketTransport:
             self._poll.register(fd, events)
 
 
-def _socket(endpoint: Endpoint, node_id: str) -> tuple[socket.socket, Any]:
+def unconnected(endpoint: Endpoint, node_id: str) -> tuple[socket.socket, Any]:
     """An unconnected socket and the address that it is to be connected to."""
     if endpoint.is_near(node_id):
         return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), endpoint.unix_path

@@ -77,12 +77,12 @@ def test_metrics_and_status(server: Served) -> None:
     status = server.status()
     assert status["model"] == MODEL and status["generation"] == 0
     assert [shard["state"] for shard in status["shards"]] == ["up", "up"]
-    assert all(shard["num_slots"] == 128 and shard["tokens"] > 0 for shard in status["shards"])
-    assert all("cpu_fused_moe" in shard["compute_reason"] for shard in status["shards"])
+    assert all(shard["num_slots"] == 128 + 8 and shard["tokens"] > 0 for shard in status["shards"])
+    assert all("vLLM's C++ op" in shard["compute_reason"] for shard in status["shards"])
     (router,) = status["routers"]
     assert router["phase"] == "serving" and all(link["tokens"] > 0 for link in router["links"])
     table = run_ep("status", "--address", server.ray_address, environment=server.environment)
-    assert table.returncode == 0 and "trips" in table.stdout and "cpu_fused_moe" in table.stdout
+    assert table.returncode == 0 and "trips" in table.stdout and "C++ op" in table.stdout
 
 
 def test_together_as_alone(server: Served) -> None:

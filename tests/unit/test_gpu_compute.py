@@ -16,7 +16,7 @@ from ep.compute.choose import keeps_quantized, open_compute
 from ep.compute.gpu import GpuCompute, supports
 from ep.compute.passes import pair_table, passes
 from ep.errors import ModelError, OptionError
-from ep.kernels import reference
+from ep.kernels import cpu_ops, reference
 from ep.kernels.devices import Device
 from ep.kernels.fused_moe import ExpertWeights
 from ep.model import ModelSpec
@@ -209,7 +209,11 @@ def test_only_cpus_and_gpus_compute() -> None:
         open_compute(make_spec("mixtral"), SLOTS, torch.device("meta"), 16)
 
 
-def test_fp8_is_kept_on_a_gpu_only() -> None:
+def test_fp8_is_kept_on_a_gpu_and_on_a_cpu_where_asked_for() -> None:
     fp8, bf16 = make_spec("deepseek_v3"), make_spec("mixtral")
     gpu = torch.device("cuda:0")
     assert [keeps_quantized(spec, at) for spec in (fp8, bf16) for at in (gpu, CPU)] == [True, False, False, False]
+    if cpu_ops.supports("fp8", fp8.hidden_size, fp8.moe_intermediate_size, fp8.quant_block)[0]:
+        assert keeps_quantized(fp8, CPU, fp8=True)
+    with pytest.raises(ModelError, match="cannot stay FP8 on this CPU"):
+        keeps_quantized(bf16, CPU, fp8=True)

@@ -47,13 +47,18 @@ LAYERS = (
             "ep.wire",
             "ep.link",
             "ep.load",
+            "ep.migration",
             "ep.trace_codec",
             "ep.trace_header",
             "ep.trace",
         ),
         frozenset({"torch", "numpy", "scipy", "msgpack", "safetensors", "tokenizers", "tomli", "rich"}),
     ),
-    Layer("data plane", ("ep.transport", "ep.compute", "ep.router", "ep.shard"), frozenset({"torch", "numpy"})),
+    Layer(
+        "data plane",
+        ("ep.transport", "ep.compute", "ep.router", "ep.shard", "ep.mover"),
+        frozenset({"torch", "numpy"}),
+    ),
     Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "vllm", "uvloop"})),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
@@ -62,6 +67,8 @@ LAYERS = (
             "ep.cli",
             "ep.serve",
             "ep.status",
+            "ep.instances",
+            "ep.rebalance",
             "ep.synth",
             "ep.target",
             "ep.vllm_flags",
@@ -87,7 +94,7 @@ ONLY = {
         "ep.bench.placement_baseline",
         "ep.bench.vllm_client",
     ),
-    "ray": ("ep.cluster.*", "ep.status", "ep.bench.*", "ep.tune"),
+    "ray": ("ep.cluster.*", "ep.status", "ep.instances", "ep.rebalance", "ep.bench.*", "ep.tune"),
 }
 
 

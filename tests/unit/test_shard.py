@@ -145,7 +145,7 @@ placement = even_split(NUM_LAYERS, NUM_EXPERTS, 1)
 Shard(make_spec(64, 64), placement, 0, layers(64), "cpu")  # libraries are loaded once and are no slots
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = memory("VmRSS")
-shard = Shard(make_spec(1024, 1024), placement, 0, layers(1024), "cpu")
+shard = Shard(make_spec(2048, 2048), placement, 0, layers(2048), "cpu")
 print((memory("VmHWM") - before) * 1024 / shard.stats().slot_bytes)
 """
 
