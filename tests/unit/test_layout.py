@@ -64,12 +64,13 @@ LAYERS = (
             "ep.synth",
             "ep.target",
             "ep.vllm_flags",
+            "ep.report",
             "ep.bench",
             "ep.tune",
             "ep.terminal",
             "ep.devices",
         ),
-        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton"}),
+        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton", "plotly"}),
     ),
 )
 

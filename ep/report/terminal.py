@@ -1,0 +1,40 @@
+"""A report on the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ep.report.numbers import ReportNumbers
+from ep.report.sheets import (
+    Sheet,
+    change_sheet,
+    describe,
+    headline,
+    hot_sheet,
+    phase_sheet,
+    placement_sheet,
+    shard_sheet,
+)
+
+
+def show(numbers: ReportNumbers, console: Console) -> None:
+    """Prints the summary: the page has more, the JSON everything."""
+    console.print(f"[bold]{numbers.trace.model}[/bold]  {describe(numbers)}")
+    for what, figure, where in headline(numbers):
+        console.print(f"  {what:18} [bold]{figure}[/bold]  {where}")
+    show_sheets((phase_sheet(numbers), placement_sheet(numbers), hot_sheet(numbers), shard_sheet(numbers)), console)
+    if numbers.changes:
+        show_sheets((change_sheet(numbers),), console)
+
+
+def show_sheets(sheets: tuple[Sheet, ...], console: Console) -> None:
+    for sheet in sheets:
+        table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column, name in enumerate(sheet.columns):
+            words = column < sheet.text_columns
+            table.add_column(name, justify="left" if words else "right", overflow="fold")
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
