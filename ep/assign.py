@@ -1,7 +1,6 @@
 """Which shard gets which tokens of one layer, and in what order. Pure numpy.
 
-Shape legend: T tokens, K top-k, S shards, P pairs (token, slot) on one shard,
-R replicas of an expert at most.
+Shape legend: T tokens, K top-k, S shards, P pairs (token, slot) on one shard, R replicas of an expert at most.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Assigner:
     """Turns logical experts into slots for one placement generation.
 
     policy: which replica of an expert takes a token, where it has several.
-    waterfill: those that level the shards' numbers of pairs in this batch. The same batch gives the same answer. No shard
-        gets more pairs than the busiest one does by round robin.
+    waterfill: those that level the shards' numbers of pairs in this batch. The same batch gives the same answer. No
+        shard gets more pairs than the busiest one does by round robin.
     round_robin: token t goes to replica t modulo their number.
     random: drawn by `seed`, in the order of calls.
     Raises OptionError for another policy.
@@ -74,8 +73,8 @@ class Assigner:
     def _level(self, layer_pos: int, topk_ids: IntArray, num_replicas: IntArray, replica: IntArray) -> None:
         """Changes `replica` [T, K], round robin's, so that shards level out.
 
-        Expert after expert, its pairs are poured anew onto its replicas' shards, always the lowest first, beside what lies
-        there of all others. That minimises the busiest of these shards, so the busiest of all never rises.
+        Expert after expert, its pairs are poured anew onto its replicas' shards, always the lowest first, beside what
+        lies there of all others. That minimises the busiest of these shards, so the busiest of all never rises.
         """
         chosen = np.flatnonzero(num_replicas.ravel() > 1)
         if not len(chosen):

@@ -222,6 +222,24 @@ def bench_kernels(**options: Any) -> None:
     run(KernelBenchOptions(**_given(options)))
 
 
+@bench.command("placement")
+@click.option("--layers", type=click.IntRange(1), default=58, show_default=True, help="MoE layers.")
+@click.option("--experts", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--loads", multiple=True, help="Kinds of load; may be repeated. [default: all]")
+@click.option("--shards", type=click.IntRange(1), multiple=True, help="May be repeated. [default: 8 to 288]")
+@click.option("--redundant", type=click.IntRange(0), multiple=True, help="Slots per layer. [default: 0, 32, 64]")
+@click.option("--num-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a batch.")
+@click.option("--top-k", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Times that each plan is made.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_OUTPUT
+def bench_placement(**options: Any) -> None:
+    """Plans beside vLLM's policy and the bound, and how evenly the router spreads batches over replicas."""
+    from ep.bench.placement import PlacementBenchOptions, report, run
+
+    report(run(PlacementBenchOptions(**_given(options))))
+
+
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Without the lists that were left out: their defaults lie in modules that are slow to import."""
     return {name: value for name, value in options.items() if value != ()}

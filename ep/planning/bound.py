@@ -1,7 +1,7 @@
 """How good any placement could be: lower bounds on the busiest shard's load under an equal split over replicas.
 
-Shape legend: B problems (MoE layers, or their nodes), E logical experts, S shards, R redundant slots, N = E + R replicas,
-q replicas on one shard.
+Shape legend: B problems (MoE layers, or their nodes), E logical experts, S shards, R redundant slots, N = E + R
+replicas, q replicas on one shard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 SLACK = 1e-9
 """Relative: keeps rounding from proving anything."""
-STEPS = 24
+PRECISION = 5e-4
+"""Relative: how near to what it can prove the search for a bound comes."""
 MAX_SHARED, MAX_HOTTEST, MAX_SPEND = 12, 8, 128
 """How far the two arguments go: replicas on a shard, experts, extra replicas."""
 
@@ -40,9 +41,9 @@ def lower_bound(
     loads: [B, E]. below: [B], loads that a plan reached, where the search for a bound may end. Placements have E + R
     filled slots, each shard floor(N / S) or one more, an expert at most once per shard.
 
-    Starts from `simple_bound` and bisects over T, refuting that all shards can have at most T. Any such placement gives
-    expert e, of load w_e, at least c_e = ceil(w_e / T) replicas. That leaves at most x = N - sum(c_e) to give. It cannot
-    exist if one of these holds.
+    Starts from `simple_bound` and bisects over T, refuting that all shards can have at most T. Any such placement
+    gives expert e, of load w_e, at least c_e = ceil(w_e / T) replicas. That leaves x = N - sum(c_e) to give. It cannot
+    exist if x < 0, some c_e > S, or one of these holds.
 
     1. Pigeonholes. A shard has at most q - 1 replicas larger than T / q, so all have at most S (q - 1). An expert with
        c_e larger ones loses them only by getting ceil(w_e q / T) replicas. The fewest larger ones for x extra replicas
@@ -54,13 +55,17 @@ def lower_bound(
        at least the sum of the r (k - 1) - 2 y lightest of these.
     """
     low = simple_bound(loads, num_shards, num_redundant)
-    high = 2 * low if below is None else below
-    high = np.maximum(high, low)
-    for _ in range(STEPS):
+    high = np.maximum(2 * low if below is None else below, low)
+    middle = high * (1 - PRECISION / 2)  # first what would make a plan as good as optimal
+    while True:
+        rows = np.flatnonzero(high > low * (1 + PRECISION))
+        if not len(rows):
+            return low
+        tried = np.maximum(middle, low)[rows]
+        refuted = _refuted(loads[rows], tried, num_shards, num_redundant)
+        low[rows] = np.where(refuted, tried, low[rows])
+        high[rows] = np.where(refuted, high[rows], tried)
         middle = (low + high) / 2
-        refuted = _refuted(loads, middle, num_shards, num_redundant)
-        low, high = np.where(refuted, middle, low), np.where(refuted, high, middle)
-    return low
 
 
 def _refuted(loads: Float64Array, limit: Float64Array, num_shards: int, num_redundant: int) -> BoolArray:
@@ -108,7 +113,8 @@ def _lacks_company(
     singles = np.sort(np.where(counts > 1, np.inf, loads), axis=1)
     cheapest = np.minimum(singles, several[:, None])
     most_company = num_shards * (least_slots - 1)
-    padding = np.repeat(np.where(np.isfinite(several), several, 0.0)[:, None], max(most_company - num_experts, 0), axis=1)
+    num_padding = max(most_company - num_experts, 0)
+    padding = np.repeat(np.where(np.isfinite(several), several, 0.0)[:, None], num_padding, axis=1)
     cheapest = np.concatenate([np.where(np.isfinite(cheapest), cheapest, 0.0), padding], axis=1)
     company = np.concatenate([np.zeros((num_problems, 1)), np.cumsum(cheapest, axis=1)], axis=1)
     num_replicas = counts[problem, hottest][:, :, None] + spend

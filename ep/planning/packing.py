@@ -96,24 +96,39 @@ def most_per_domain(domain_of_shard: Int64Array) -> Int64Array:
 
 @dataclass(frozen=True)
 class Replicas:
-    """All replicas by falling load, those of one expert next to each other where loads are equal.
-
-    expert: int64 [B, N]. size: float64 [B, N].
-    """
+    """All replicas by falling load. expert: int64 [B, N]. size: float64 [B, N]."""
 
     expert: Int64Array
     size: Float64Array
 
 
-def sorted_replicas(loads: Float64Array, counts: Int64Array) -> Replicas:
-    """counts [B, E] have the same sum N in every problem."""
-    num_problems, num_experts = loads.shape
-    # Loads in float32 as the published algorithm takes them, so that greedy packing meets the same ties.
-    size = loads.astype(np.float32) / counts
+def neighbours(loads: Float64Array, counts: Int64Array) -> Replicas:
+    """Replicas with those of one expert next to each other. counts [B, E] have the same sum N in every problem."""
+    size = loads / counts
     order = np.argsort(-size, axis=1, kind="stable")
-    problem = np.arange(num_problems)[:, None]
-    expert = np.repeat(order.ravel(), counts[problem, order].ravel()).reshape(num_problems, -1)
+    problem = np.arange(len(loads))[:, None]
+    expert = np.repeat(order.ravel(), counts[problem, order].ravel()).reshape(len(loads), -1)
     return Replicas(expert, size[problem, expert])
+
+
+def published_order(loads: Float64Array, counts: Int64Array) -> Replicas:
+    """Replicas in the order in which the published packing takes them, ties included.
+
+    It sorts the experts, followed by their further replicas as they were given out, with numpy's default sort.
+    """
+    num_problems, num_experts = loads.shape
+    problem = np.arange(num_problems)[:, None]
+    further = np.repeat(np.tile(np.arange(num_experts), num_problems), (counts - 1).ravel()).reshape(num_problems, -1)
+    column = np.arange(further.shape[1])
+    first = np.cumsum(counts - 1, axis=1) - (counts - 1)
+    had = column - first[problem, further] + 1  # replicas of its expert when this one was given
+    given = np.argsort(-(loads[problem, further] / had), axis=1, kind="stable")
+    expert = np.concatenate(
+        [np.broadcast_to(np.arange(num_experts), loads.shape), np.take_along_axis(further, given, axis=1)], axis=1
+    )
+    size = (loads if further.size == 0 else loads / counts)[problem, expert]
+    order = np.argsort(-size, axis=1)
+    return Replicas(np.take_along_axis(expert, order, axis=1), np.take_along_axis(size, order, axis=1))
 
 
 def deal(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_shard: Int64Array | None) -> Packing:
@@ -123,7 +138,7 @@ def deal(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_sha
     goes from domain to domain: as long as these have equally many shards, r neighbours meet each of D domains at most
     ceil(r / D) times.
     """
-    replicas = sorted_replicas(loads, counts)
+    replicas = neighbours(loads, counts)
     num_problems, num_experts = loads.shape
     turn = np.arange(num_shards) if domain_of_shard is None else domain_turn(domain_of_shard)
     num_slots = -(-replicas.expert.shape[1] // num_shards)
@@ -149,7 +164,7 @@ def greedy(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_s
     The published EPLB's `balanced_packing` (github.com/deepseek-ai/EPLB), which would put two replicas of an expert on
     one shard. Its plans without such a pair come out the same.
     """
-    replicas = sorted_replicas(loads, counts)
+    replicas = published_order(loads, counts)
     num_problems, num_experts = loads.shape
     num_replicas = replicas.expert.shape[1]
     num_slots = -(-num_replicas // num_shards)
@@ -159,14 +174,14 @@ def greedy(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_s
     load = np.zeros((num_problems, num_shards))  # infinite where a shard is full
     used = np.zeros((num_problems, num_shards), dtype=np.int64)
     full = np.zeros(num_problems, dtype=np.int64)
+    closed = np.zeros(num_problems, dtype=bool)  # as many are full as may be
     stuck = np.zeros(num_problems, dtype=bool)
-    crowded = np.flatnonzero((counts > 1).any(axis=0))
-    replicated = np.isin(np.arange(num_experts), crowded)
+    replicated = (counts > 1)[problem[:, None], replicas.expert].any(axis=0)
     holds = np.zeros((num_problems, num_experts, num_shards), dtype=bool)
     limits = _DomainLimits(counts, domain_of_shard) if domain_of_shard is not None else None
-    for expert, size in _columns(replicas):
+    for (expert, size), has_replicas in zip(_columns(replicas), replicated, strict=True):
         free = load
-        if replicated[expert].any():
+        if has_replicas:
             free = np.where(holds[problem, expert], np.inf, load)
             if limits is not None:
                 free = np.where(limits.reached(problem, expert), np.inf, free)
@@ -175,20 +190,41 @@ def greedy(loads: Float64Array, counts: Int64Array, num_shards: int, domain_of_s
         place = used[problem, shard]
         slots[problem, shard, np.minimum(place, num_slots - 1)] = expert
         load[problem, shard] += size
-        holds[problem, expert, shard] = True
+        if has_replicas:
+            holds[problem, expert, shard] = True
         if limits is not None:
             limits.add(problem, expert, shard)
         used[problem, shard] = place + 1
-        filled = place + 1 >= num_slots
+        filled = place + 1 >= num_slots - closed
         load[problem, shard] = np.where(filled, np.inf, load[problem, shard])
         if num_full < num_shards:
-            full += filled
-            closing = np.flatnonzero(filled & (full == num_full))
-            if len(closing):
-                load[closing] = np.where(used[closing] >= num_slots - 1, np.inf, load[closing])
+            full += filled & ~closed
+            closing = np.flatnonzero((full == num_full) & ~closed)
+            closed[closing] = True
+            load[closing] = np.where(used[closing] >= num_slots - 1, np.inf, load[closing])
     if stuck.any():
         slots[stuck] = deal(loads[stuck], counts[stuck], num_shards, domain_of_shard).slots
     return from_slots(slots, loads, counts, domain_of_shard)
+
+
+def published_busiest(loads: Float64Array, counts: Int64Array, num_shards: int) -> Float64Array:
+    """float64 [B]: the busiest load by the published packing, two replicas of an expert on one shard allowed.
+
+    Only where shards divide the replicas, as it asks for.
+    """
+    replicas = published_order(loads, counts)
+    num_slots, rest = divmod(replicas.expert.shape[1], num_shards)
+    assert rest == 0, "as many slots on every shard"
+    problem = np.arange(len(loads))
+    load, shut = np.zeros((2, len(loads), num_shards))
+    used = np.zeros((len(loads), num_shards), dtype=np.int64)
+    for size in np.ascontiguousarray(replicas.size.T):
+        shard = (load + shut).argmin(axis=1)
+        load[problem, shard] += size
+        used[problem, shard] += 1
+        shut[problem, shard] = np.where(used[problem, shard] == num_slots, np.inf, 0.0)
+    busiest: Float64Array = load.max(axis=1)
+    return busiest
 
 
 def _columns(replicas: Replicas) -> Iterator[tuple[Int64Array, Float64Array]]:

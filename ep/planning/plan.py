@@ -47,13 +47,13 @@ class Plan:
 
     @property
     def gap(self) -> Float64Array:
-        """float64 [L]: how far the busiest shard is above the bound, relatively; the best possible plan may be there too."""
+        """float64 [L]: how far the busiest shard is above the bound, relatively; the best plan may be there too."""
         bound = np.where(self.lower_bound > 0, self.lower_bound, 1.0)
         return np.maximum(self.shard_load.max(axis=1) / bound - 1, 0.0) * (self.lower_bound > 0)
 
     @cached_property
     def split_at_will(self) -> Float64Array:
-        """float64 [L]: the busiest shard's load if the router splits every expert's over its replicas in the best way."""
+        """float64 [L]: the busiest shard's load if the router splits every expert's over its replicas at best."""
         return busiest_when_split_at_will(self.placement, self.loads)
 
 
@@ -66,7 +66,8 @@ def plan(loads: npt.ArrayLike, request: PlanRequest) -> Plan:
     loads = checked_loads(loads)
     num_layers, num_experts = loads.shape
     request.check(num_layers, num_experts)
-    planned = np.where(loads.any(axis=1, keepdims=True), loads, 1.0)
+    # In single precision, as the published algorithm takes loads, so that its ties are ours.
+    planned = np.where(loads.any(axis=1, keepdims=True), loads, 1.0).astype(np.float32).astype(np.float64)
     if request.hierarchical:
         slots = solve_hierarchical(planned, request)
     else:
@@ -78,7 +79,8 @@ def plan(loads: npt.ArrayLike, request: PlanRequest) -> Plan:
         moves = num_moves(slots, previous, num_experts)
     else:
         slots = np.sort(slots, axis=2)  # empty slots last
-    placement = Placement(request.generation, num_experts, np.where(slots == num_experts, EMPTY, slots).astype(np.int32))
+    named = np.where(slots == num_experts, EMPTY, slots).astype(np.int32)
+    placement = Placement(request.generation, num_experts, named)
     load = shard_load(placement, loads)
     return Plan(placement, loads, load, _bound(loads, load, request), moves)
 
@@ -86,10 +88,9 @@ def plan(loads: npt.ArrayLike, request: PlanRequest) -> Plan:
 def shard_load(placement: Placement, loads: npt.ArrayLike) -> Float64Array:
     """float64 [L, S]: the load of each shard if loads [L, E] are split equally over replicas. Raises PlacementError."""
     loads = checked_loads(loads)
-    if loads.shape != (placement.num_moe_layers, placement.num_experts):
-        raise PlacementError(
-            f"loads have shape {loads.shape}, expected {(placement.num_moe_layers, placement.num_experts)}, the placement's"
-        )
+    shape = (placement.num_moe_layers, placement.num_experts)
+    if loads.shape != shape:
+        raise PlacementError(f"loads have shape {loads.shape}, expected {shape}, the placement's layers and experts")
     size = np.concatenate([loads / placement.lookup().num_replicas, np.zeros((len(loads), 1))], axis=1)
     return np.take_along_axis(size[:, None], _filled(placement), axis=2).sum(axis=2)
 
@@ -99,7 +100,8 @@ def checked_loads(loads: npt.ArrayLike) -> Float64Array:
     array = np.array(loads, dtype=np.float64)
     if array.ndim != 2 or 0 in array.shape:
         raise PlacementError(f"loads have shape {array.shape}, expected [MoE layers, experts]")
-    wrong = np.argwhere(~(np.isfinite(array) & (array >= 0)))
+    with np.errstate(over="ignore"):
+        wrong = np.argwhere(~(np.isfinite(array.astype(np.float32)) & (array >= 0)))
     if len(wrong):
         layer, expert = wrong[0]
         raise PlacementError(

@@ -21,7 +21,7 @@ def highest_averages(
     expert gets more than `most`. This is the published EPLB's `replicate_experts` (github.com/deepseek-ai/EPLB, ties to
     the lower index); in apportionment it is D'Hondt's method, which minimises the largest load per replica.
     """
-    num_problems, num_experts = loads.shape
+    num_problems = len(loads)
     counts = np.ones(loads.shape, dtype=np.int64) if start is None else start.copy()
     left = np.broadcast_to(np.asarray(num_redundant), (num_problems,))
     averages = np.where(counts < most, loads / counts, -1.0)

@@ -19,9 +19,10 @@ class PlanRequest:
 
     node_of_shard: the node of each shard; None is all on one node.
     num_groups, topk_groups: the model's expert groups and how many of them a token may choose from. Where that is a
-    limit, and there are as many groups (or a multiple) as nodes, of equal size, the experts of a group stay on one node:
-    the published "hierarchical" policy. Everything else is planned globally.
-    separate_domains: replicas of an expert on different nodes as far as there are nodes; not with the hierarchical policy.
+        limit, and there are as many groups (or a multiple) as nodes, of equal size, the experts of a group stay on one
+        node: the published "hierarchical" policy. Everything else is planned globally.
+    separate_domains: replicas of an expert on as many nodes as there are; not with the hierarchical policy. Kept to
+        where nodes have equally many shards; elsewhere as far as the search gets.
     previous: the placement in use; of plans as good as each other the one is chosen that changes few slots of it.
     slack: how much higher, relatively, the busiest shard's load may be if that leaves more slots as they are.
     """
@@ -41,7 +42,9 @@ class PlanRequest:
             if getattr(self, name) < least:
                 raise PlacementError(f"plan: {name} is {getattr(self, name)}, expected at least {least}")
         if self.topk_groups > self.num_groups:
-            raise PlacementError(f"plan: topk_groups is {self.topk_groups}, expected at most {self.num_groups}, num_groups")
+            raise PlacementError(
+                f"plan: topk_groups is {self.topk_groups}, expected at most {self.num_groups}, num_groups"
+            )
         if self.slack < 0:
             raise PlacementError(f"plan: slack is {self.slack:g}, expected at least 0")
         if self.node_of_shard is not None and len(self.node_of_shard) != self.num_shards:
@@ -88,8 +91,8 @@ class PlanRequest:
         most = (self.num_shards // num_nodes - 1) * (num_experts // num_nodes)
         if -(-self.num_redundant // num_nodes) > most:
             raise PlacementError(
-                f"plan: num_redundant is {self.num_redundant}, expected at most {most * num_nodes}: {num_experts} experts, "
-                f"each at most once on every one of {self.num_shards // num_nodes} shards"
+                f"plan: num_redundant is {self.num_redundant}, expected at most {most * num_nodes}: "
+                f"{num_experts} experts, each at most once on every one of {self.num_shards // num_nodes} shards"
                 + (" of its node" if num_nodes > 1 else "")
             )
         if self.previous is not None:

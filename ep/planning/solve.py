@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ep.planning.bound import lower_bound
 from ep.planning.levelling import level
-from ep.planning.packing import Packing, greedy
+from ep.planning.packing import Packing, greedy, published_busiest
 from ep.planning.replicas import highest_averages, just_enough
 from ep.planning.request import PlanRequest
 
@@ -22,23 +22,23 @@ GOOD = 5e-4
 """Relative distance from the bound at which a problem is left alone."""
 RETRY = 2e-3
 """Relative distance from the bound above which other numbers of replicas are tried."""
-ROUNDS, FIRST_ROUNDS = 64, 16
+FIRST_ROUNDS, ROUNDS = 16, 64
 PROMISING = 0.01
-"""How far a candidate may be above the best so far after its first rounds of levelling to get the others."""
-CANDIDATES = (0.5, 0.3, 0.7, 0.1, 0.9)
+"""How far a candidate may be above the best so far after its first rounds of levelling to get more."""
+CANDIDATES = (0.5, 0.7, 0.3, 0.9, 0.1)
 """Where the limits of `just_enough` lie between the least possible load per replica (0) and the bound (1)."""
 
 
 def solve(loads: Float64Array, num_shards: int, num_redundant: int, domain_of_shard: Int64Array | None) -> Packing:
     """Packings for loads [B, E]. Starts from the published greedy algorithm's and only ever lowers the busiest load."""
-    counts = highest_averages(loads, num_redundant, num_shards)
+    first_counts = counts = highest_averages(loads, num_redundant, num_shards)
     packing = greedy(loads, counts, num_shards, domain_of_shard)
     least = (loads / counts).max(axis=1)  # no counts have less
     bound = np.maximum(loads.sum(axis=1) / num_shards, least)
-    level(packing, bound * (1 + GOOD), ROUNDS)
+    level(packing, bound * (1 + GOOD), FIRST_ROUNDS)
     for candidate_idx, candidate in enumerate(CANDIDATES if num_redundant else ()):
         retry = np.flatnonzero(packing.busiest > bound * (1 + RETRY))
-        if candidate_idx == 1 and len(retry):  # the better bound takes as long as a candidate
+        if candidate_idx == 2 and len(retry):  # takes longer than a candidate
             bound[retry] = lower_bound(loads[retry], num_shards, num_redundant, packing.busiest[retry])
             retry = retry[packing.busiest[retry] > bound[retry] * (1 + RETRY)]
         if not len(retry):
@@ -49,9 +49,13 @@ def solve(loads: Float64Array, num_shards: int, num_redundant: int, domain_of_sh
         level(other, bound[retry] * (1 + GOOD), FIRST_ROUNDS)
         near = other.busiest < packing.busiest[retry] * (1 + PROMISING)
         other, retry = other.rows(near), retry[near]
-        level(other, bound[retry] * (1 + GOOD), ROUNDS)
+        level(other, bound[retry] * (1 + GOOD), FIRST_ROUNDS)
         better = other.busiest < packing.busiest[retry]
         packing.put(retry[better], other.rows(better))
+    level(packing, bound * (1 + GOOD), ROUNDS)
+    if num_redundant and (loads.shape[1] + num_redundant) % num_shards == 0:
+        # Where the published plan doubles an expert up on a shard, which no placement may, it is no start of ours.
+        level(packing, published_busiest(loads, first_counts, num_shards), ROUNDS)
     return packing
 
 
@@ -63,7 +67,7 @@ def solve_hierarchical(loads: Float64Array, request: PlanRequest) -> Int64Array:
     num_layers, num_experts = loads.shape
     nodes = request.nodes
     num_nodes = int(nodes.max()) + 1
-    group_loads = loads.reshape(num_layers, request.num_groups, -1).sum(axis=2)
+    group_loads = loads.astype(np.float32).reshape(num_layers, request.num_groups, -1).sum(axis=2)
     groups = greedy(group_loads, np.ones(group_loads.shape, dtype=np.int64), num_nodes, None)
     slots, busiest = _solve_nodes(loads, groups.slots, request)
     before = groups.slots.copy()

@@ -111,8 +111,8 @@ def grow_from(
 
 
 def _with_counts(slots: Int64Array, loads: Float64Array, counts: Int64Array, num_shards: int) -> Int64Array | None:
-    """One layer's slots [S, P] with other numbers of replicas: surplus ones leave the busiest shards, new ones go to the
-    lightest with a free slot. None if a shard would get two of an expert, or two empty slots."""
+    """One layer's slots [S, P] with other numbers of replicas: surplus ones leave the busiest shards, new ones go to
+    the lightest with a free slot. None if a shard would get two of an expert, or two empty slots."""
     num_experts = len(loads)
     slots = slots.copy()
     size = np.append(loads / counts, 0.0)

@@ -19,8 +19,8 @@ def busiest_when_split_at_will(placement: Placement, loads: Float64Array) -> Flo
     """float64 [L]: the least load of the busiest shard over all fractional splits of loads [L, E].
 
     One linear program for all layers, solved by HiGHS: minimise sum_l T_l with x >= 0 of each replica of a replicated
-    expert, their sum the expert's load, and every shard's fixed load plus its x at most T_l. Layers share no variable, so
-    each T_l is least by itself.
+    expert, their sum the expert's load, and every shard's fixed load plus its x at most T_l. Layers share no variable,
+    so each T_l is least by itself.
     """
     lookup = placement.lookup()
     num_layers, num_shards = placement.num_moe_layers, placement.num_shards

@@ -22,8 +22,8 @@ REDUNDANTS = (0, 8, 16, 32, 64)
 class WhatIf:
     """One number of shards and of redundant slots per layer. slots_per_shard: per layer, of the fullest shard.
 
-    excess, evenness, gap: means over layers, as in `Imbalance` and `Plan.gap`. extra_bytes_per_shard: all layers' weights
-    on the fullest shard beyond those that it has without redundant slots.
+    excess, evenness, gap: means over layers, as in `Imbalance` and `Plan.gap`. extra_bytes_per_shard: all layers'
+    weights on the fullest shard beyond those that it has without redundant slots.
     """
 
     num_shards: int

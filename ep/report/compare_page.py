@@ -147,9 +147,7 @@ def _shifts(one: ReportNumbers, other: ReportNumbers) -> Figure:
         "xaxis": {"title": {"text": "logical expert"}, "range": [-0.5, one.counts.shape[1] - 0.5], **bare},
         "yaxis": {"title": {"text": "layer"}, "range": [layers[-1] + 0.5, layers[0] - 0.5], **bare},
     }
-    note = (
-        "Colour: the expert's share of its layer in the second trace over that in the first; blank where it is 0."
-    )
+    note = "Colour: the expert's share of its layer in the second trace over that in the first; blank where it is 0."
     return Figure("shifts", "Where load went", note, [cells], layout)
 
 

@@ -14,13 +14,15 @@ EXCESS, EVENNESS = "(max-mean)/mean", "mean/max"
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table as text. text_columns: how many columns from the left hold words; the others are figures."""
+    """A table as text. text_columns: how many columns from the left hold words; the others are figures. spare: columns
+    that a narrow terminal leaves out."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text_columns: int = 1
+    spare: tuple[int, ...] = ()
 
 
 def phase_sheet(numbers: ReportNumbers) -> Sheet:
@@ -49,8 +51,8 @@ def placement_sheet(numbers: ReportNumbers) -> Sheet:
     rows = [_placement_row(placement) for placement in numbers.plans.placements]
     bounds = numbers.plans.bounds
     for name, excess, evenness in (
-        ("plan, tokens split at will (LP)", bounds.at_will_excess, bounds.at_will_evenness),
-        ("bound of any placement", bounds.excess, bounds.evenness),
+        ("plan, split at will", bounds.at_will_excess, bounds.at_will_evenness),
+        ("bound", bounds.excess, bounds.evenness),
     ):
         rows.append((name, MISSING, percent(excess, 2), percent(evenness, 2), *[MISSING] * 3))
     return Sheet(
@@ -58,17 +60,17 @@ def placement_sheet(numbers: ReportNumbers) -> Sheet:
         ("placement", "redundant", EXCESS, EVENNESS, "over the bound", "experts to move", "bytes to move"),
         tuple(rows),
         "Measures are means over layers, redundant slots are per layer. Within 5%: the busiest shards may have so "
-        "much more than in the plan where that saves moves. By node: experts of a group on one node, for models "
-        "whose tokens choose few groups. Bound: no placement with as many slots has less load on its busiest "
-        "shard, an expert's tokens split equally over its replicas. At will: the router splits them in the best "
-        "way that there is, found by a linear program.",
+        "much more than in the plan where that saves moves. By node: experts of a group on one node, for models whose tokens "
+        "choose few groups. Bound: no placement with as many slots has less load on its busiest shard, an expert's "
+        "tokens split equally over its replicas. Split at will: the router splits them in the best way, by an LP.",
+        spare=(1,),
     )
 
 
 def _placement_row(placement: PlacementNumbers) -> tuple[str, ...]:
     recorded = placement.name in (FIRST, CURRENT)
     return (
-        f"{placement.name} (generation {placement.generation})" if recorded else placement.name,
+        f"{placement.name} (gen. {placement.generation})" if recorded else placement.name,
         str(placement.num_redundant),
         percent(placement.excess, 2),
         percent(placement.evenness, 2),
@@ -94,10 +96,11 @@ def hot_sheet(numbers: ReportNumbers) -> Sheet:
     )
     return Sheet(
         "Hottest experts",
-        ("layer", "expert", "× mean", "of its layer", "prefill pairs", "decode pairs", "shards now", "shards planned"),
+        ("layer", "expert", "× mean", "of its layer", "prefill pairs", "decode pairs", "shards", "planned"),
         tuple(rows),
-        "Load of a logical expert beside the mean expert of its layer; every shard listed holds a replica.",
+        "Load beside the mean expert of the layer; the shards that hold a replica, now and in the plan.",
         text_columns=2,
+        spare=(3,),
     )
 
 
@@ -138,7 +141,8 @@ def shard_sheet(numbers: ReportNumbers) -> Sheet:
         "layer. p50, p99: one layer's round trip, from dispatch to answer. Compute: of the experts alone, mean of "
         "a request."
     )
-    return Sheet("Shards", columns, tuple(rows), note, text_columns=2)
+    spare = tuple(columns.index(name) for name in ("slots", "pairs", "received", "compute"))
+    return Sheet("Shards", columns, tuple(rows), note, text_columns=2, spare=spare)
 
 
 def change_sheet(numbers: ReportNumbers) -> Sheet:

@@ -18,6 +18,8 @@ from ep.report.sheets import (
     shard_sheet,
 )
 
+NARROW = 110
+
 
 def show(numbers: ReportNumbers, console: Console) -> None:
     """Prints the summary: the page has more, the JSON everything."""
@@ -30,11 +32,18 @@ def show(numbers: ReportNumbers, console: Console) -> None:
 
 
 def show_sheets(sheets: tuple[Sheet, ...], console: Console) -> None:
+    narrow = console.width < NARROW
     for sheet in sheets:
-        table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column, name in enumerate(sheet.columns):
+        kept = [column for column in range(len(sheet.columns)) if not (narrow and column in sheet.spare)]
+        table = Table(
+            title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        for column in kept:
             words = column < sheet.text_columns
-            table.add_column(name, justify="left" if words else "right", overflow="fold")
+            heading = sheet.columns[column]
+            if narrow:
+                heading = heading.replace(")/", ") /")  # where it may break
+            table.add_column(heading, justify="left" if words else "right", no_wrap=not column, overflow="fold")
         for row in sheet.rows:
-            table.add_row(*row)
+            table.add_row(*(row[column] for column in kept))
         console.print(table)

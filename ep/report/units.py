@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 MISSING = "-"
 
 
 def count(value: float) -> str:
-    """12,345, then 1.23 M, 4.56 G."""
+    """12,345, then three digits: 1.20 M, 345 M, 4.56 G."""
     for limit, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= limit:
-            return f"{value / limit:.3g} {unit}"
+            return f"{value / limit:#.3g} {unit}".replace(". ", " ")
     return f"{value:,.0f}"
 
 
@@ -48,8 +48,10 @@ def seconds(value: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def listing(values: Iterable[int]) -> str:
-    return ", ".join(map(str, values)) or MISSING
+def listing(values: Sequence[int], most: int = 4) -> str:
+    """The first few, and how many more there are: 0, 1, 4, 7 +2."""
+    shown = ", ".join(map(str, values[:most])) or MISSING
+    return shown if len(values) <= most else f"{shown} +{len(values) - most}"
 
 
 def plural(number: int, noun: str) -> str:

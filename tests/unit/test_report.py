@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,15 +16,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ep import cli
 from ep.errors import TraceError
 from ep.load import ROUND_TRIP_BOUNDS_US
 from ep.placement import EMPTY, Placement
+from ep.report import units
 from ep.report.compare import compare
 from ep.report.html import render
 from ep.report.numbers import ReportNumbers, ReportOptions, plain, report_numbers
 from ep.report.pages import report_page
+from ep.report.served import link_bytes
+from ep.report.terminal import show
 from ep.trace import Trace, read_trace
 from ep.trace_header import TraceHeader, encode_header
 from tests.traces import SMALL, TraceCase, make_trace, write_trace
@@ -164,6 +169,23 @@ def test_shards_and_links() -> None:
     assert links_found["between_nodes"] == pytest.approx(sum(total[2:]) / sum(total), rel=1e-5)
 
 
+def test_links_of_routers_on_two_nodes() -> None:
+    header = replace(small().header, node_of_router=("node-1", "node-0", "node-1"))
+    windows = tuple(replace(window, router=idx % 3) for idx, window in enumerate(small().windows))
+    found = link_bytes(replace(small(), header=header, windows=windows))
+    expected = {"node-0": [0] * 4, "node-1": [0] * 4}
+    apart = total = 0
+    for idx, window in enumerate(small().windows):
+        node = ("node-1", "node-0", "node-1")[idx % 3]
+        for shard, link in enumerate(window.links):
+            expected[node][shard] += link.bytes_out
+            total += link.bytes_out + link.bytes_in
+            apart += (link.bytes_out + link.bytes_in) * (header.node_of_shard[shard] != node)
+    assert found.router_nodes == ("node-0", "node-1")
+    assert found.bytes_out.tolist() == [expected["node-0"], expected["node-1"]]
+    assert found.between_nodes == pytest.approx(apart / total)
+
+
 def test_lift_of_experts_chosen_together() -> None:
     trace = small()
     tokens = [set(token[1].tolist()) for window in trace.windows for token in window.sampled_ids]
@@ -280,6 +302,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_trace(small(), tmp_path / "load.trace")
+    monkeypatch.setenv("COLUMNS", "140")
     assert run(monkeypatch, str(path), "--no-html", "--top", "3") == 0
     out = capsys.readouterr().out
     hot = small_numbers().hottest[0]
@@ -293,6 +316,39 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert run(monkeypatch, str(path)) == 0
     assert (tmp_path / "load.html").stat().st_size > 1_000_000
     assert str(tmp_path / "load.html") in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_breaks_no_figure() -> None:
+    """Fewer columns at 80, but what is there is whole."""
+    text = {}
+    for width in (80, 140):
+        console = Console(width=width, file=io.StringIO())
+        show(small_numbers(), console)
+        text[width] = console.file.getvalue()
+        assert "…" not in text[width] and max(map(len, text[width].splitlines())) <= width
+    figures = {width: re.findall(r"[\d,.]+ (?:µs|GiB|MiB)|[\d.]+%|[\d.]+×", found) for width, found in text.items()}
+    assert (
+        figures[80] and set(figures[80]) <= set(figures[140]) and "compute" in text[140] and "compute" not in text[80]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (units.count(999_999), "999,999"),
+        (units.count(1_000_000), "1.00 M"),
+        (units.count(123_400_000), "123 M"),
+        (units.size(1023), "1023 B"),
+        (units.size(3 << 40), "3.0 TiB"),
+        (units.seconds(200), "3 min 20 s"),
+        (units.seconds(7500), "2 h 5 min"),
+        (units.listing((0, 1, 4, 7, 9, 12)), "0, 1, 4, 7 +2"),
+        (units.listing(()), "-"),
+        (units.percent(None), "-"),
+    ],
+)
+def test_numbers_in_words(words: str, expected: str) -> None:
+    assert words == expected
 
 
 def test_two_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
