@@ -62,7 +62,7 @@ def placement_sheet(numbers: ReportNumbers) -> Sheet:
         "Measures are means over layers, redundant slots are per layer. Within 5%: the busiest shards may have that "
         "much more than in the plan where it saves moves. By node: experts of a group on one node, for models whose "
         "tokens choose few groups. Bound: no placement with as many slots has less load on its busiest shard, an "
-        "expert's tokens split equally over its replicas. Split at will: the router splits them in the best way, by an LP.",
+        "expert's tokens split equally over its replicas. Split at will: the router splits them best, by an LP.",
         spare=(1,),
     )
 
