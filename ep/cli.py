@@ -109,6 +109,48 @@ def rebalance(**options: Any) -> None:
     sys.exit(run(RebalanceCommand(**options)))
 
 
+@cli.command()
+@click.argument("trace", required=False)
+@click.option("--live", is_flag=True, help="Of what a running instance has recorded so far.")
+@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto", help="With --live.")
+@click.option("--instance", metavar="NAME", help="With --live: which instance, where several run.")
+@click.option("--compare", nargs=2, metavar="A B", help="Two traces side by side.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
+@click.option("--html", metavar="FILE", help="Where the page goes. [default: beside the trace]")
+@click.option("--no-html", is_flag=True, help="No page.")
+@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Hottest experts to list.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is sampled.")
+def report(
+    trace: str | None,
+    live: bool,
+    address: str,
+    instance: str | None,
+    compare: tuple[str, str] | None,
+    as_json: bool,
+    html: str | None,
+    no_html: bool,
+    top: int,
+    seed: int,
+) -> None:
+    """Where the experts' load went, and what could level it: tables, one offline HTML page, JSON."""
+    if (trace is not None) + (compare is not None) + live != 1:
+        raise click.UsageError("give one TRACE, or --live, or --compare with two")
+    if html is not None and no_html:
+        raise click.UsageError("--html and --no-html exclude each other")
+    from ep.report.command import ReportOptions, ReportOutput, compare_files, report_file
+    from ep.report.command import report as report_trace
+
+    options, output = ReportOptions(top, seed), ReportOutput(as_json, html, not no_html)
+    if compare is not None:
+        compare_files(compare, options, output)
+    elif trace is not None:
+        report_file(trace, options, output)
+    else:
+        from ep.live import collect_live
+
+        report_trace(collect_live(address, instance), options, output)
+
+
 @cli.group()
 def model() -> None:
     """Checkpoints and presets."""

@@ -1,6 +1,6 @@
 """Expert load as it is recorded: counts per window, the traffic of each link, changes of placement. Pure: no I/O.
 
-Shape legend: L MoE layers, S shards, P slots per shard, E logical experts, K top-k, N sampled tokens, B round-trip
+Shape legend: L MoE layers, S shards, E logical experts, K top-k, N sampled tokens, B round-trip
 buckets. The layer axis is the position among the MoE layers, as in a placement.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ep.placement import EMPTY, Placement
+from ep.placement import Placement
 
 Int64Array = npt.NDArray[np.int64]
 Phase = Literal["prefill", "decode", "all"]
@@ -103,13 +103,6 @@ def totals(
         if generation is None or window.generation == generation:
             total += window.counts(phase)
     return total
-
-
-def shard_load(counts: npt.NDArray[np.number], placement: Placement) -> npt.NDArray[np.float64]:
-    """Load of each shard, float64 [L, S]: an expert's pairs in equal parts on its replicas. counts: [L, E]."""
-    share = counts / placement.lookup().num_replicas
-    layer = np.arange(placement.num_moe_layers)[:, None, None]
-    return np.where(placement.slots == EMPTY, 0.0, share[layer, placement.slots]).sum(axis=2)
 
 
 def round_trip_histogram(times_us: npt.ArrayLike) -> Int64Array:

@@ -120,7 +120,7 @@ def union(first: Placement, second: Placement) -> Int32Array:
     clash = (first.slots != second.slots) & (first.slots != EMPTY) & (second.slots != EMPTY)
     if clash.any():
         layer, shard, slot = np.argwhere(clash)[0]
-        raise PlacementError(f"MoE layer {layer}: slot {slot} of shard {shard} holds different experts in two placements")
+        raise PlacementError(f"MoE layer {layer}: slot {slot} of shard {shard} holds one expert here, another there")
     return np.where(first.slots == EMPTY, second.slots, first.slots)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ep.load import PHASES, LinkWindow, PlacementChange, Window, round_trip_histogram, shard_load
+from ep.load import PHASES, LinkWindow, PlacementChange, Window, round_trip_histogram
 from ep.model import ModelSpec
 from ep.placement import EMPTY, Placement, even_split
+from ep.planning.plan import shard_load
 from ep.presets import load_preset
 from ep.trace import Trace, TraceWriter
 from ep.trace_codec import Record
@@ -68,7 +69,8 @@ def make_trace(case: TraceCase = SMALL, source: str = "made-up.trace") -> Trace:
         node_of_router=("node-0",),
         versions={"ep": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"},
     )
-    popularity = {phase: _zipf(rng, spec, case.zipf) for phase in PHASES[:2]}
+    popularity = {"prefill": _zipf(rng, spec, case.zipf)}
+    popularity["decode"] = 0.7 * popularity["prefill"] + 0.3 * _zipf(rng, spec, case.zipf)
     windows: list[Window] = []
     changes: list[PlacementChange] = []
     for window_idx in range(case.num_windows):
@@ -76,7 +78,7 @@ def make_trace(case: TraceCase = SMALL, source: str = "made-up.trace") -> Trace:
         if window_idx == case.change_at:
             counts = np.asarray(sum(window.counts("all") for window in windows))
             levelled = level(counts, case.num_shards, case.num_redundant, placement.generation + 1)
-            before, after = (shard_load(counts, p).max(axis=1).sum() for p in (placement, levelled))
+            before, after = (shard_load(p, counts).max(axis=1).sum() for p in (placement, levelled))
             moved = int((levelled.slots[..., : placement.slots_per_shard] != placement.slots).sum())
             gain = float(1 - after / before)
             changes.append(PlacementChange(start, 0, levelled, "auto", moved * spec.expert_bytes, 3.2, gain))
@@ -165,7 +167,7 @@ def _window(
         phase: np.stack([rng.multinomial(num_tokens[phase] * spec.top_k, shares) for shares in popularity[phase]])
         for phase in PHASES[:2]
     }
-    pairs = shard_load(counts["prefill"] + counts["decode"], placement).sum(axis=0)
+    pairs = shard_load(placement, counts["prefill"] + counts["decode"]).sum(axis=0)
     requests = spec.num_moe_layers * 200
     links = tuple(
         LinkWindow(

@@ -68,16 +68,18 @@ LAYERS = (
             "ep.serve",
             "ep.status",
             "ep.instances",
+            "ep.live",
             "ep.rebalance",
             "ep.synth",
             "ep.target",
             "ep.vllm_flags",
+            "ep.report",
             "ep.bench",
             "ep.tune",
             "ep.terminal",
             "ep.devices",
         ),
-        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton"}),
+        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton", "plotly"}),
     ),
 )
 
@@ -94,7 +96,7 @@ ONLY = {
         "ep.bench.placement_baseline",
         "ep.bench.vllm_client",
     ),
-    "ray": ("ep.cluster.*", "ep.status", "ep.instances", "ep.rebalance", "ep.bench.*", "ep.tune"),
+    "ray": ("ep.cluster.*", "ep.status", "ep.instances", "ep.live", "ep.rebalance", "ep.bench.*", "ep.tune"),
 }
 
 

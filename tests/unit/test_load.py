@@ -1,4 +1,4 @@
-"""Totals, a shard's load, and round-trip histograms, against the plain loops that say the same."""
+"""Totals and round-trip histograms, against the plain loops that say the same."""
 
 from __future__ import annotations
 
@@ -13,24 +13,9 @@ from ep.load import (
     ROUND_TRIP_BOUNDS_US,
     round_trip_histogram,
     round_trip_quantile,
-    shard_load,
     totals,
 )
-from ep.placement import EMPTY, Placement
 from tests.traces import SMALL, make_trace
-from tests.unit.test_placement import placements
-
-
-@given(placements(), st.integers(0, 2**32 - 1))
-def test_shard_load_parts_an_expert_among_its_replicas(placement: Placement, seed: int) -> None:
-    shape = (placement.num_moe_layers, placement.num_experts)
-    counts = np.random.default_rng(seed).integers(0, 1000, shape)
-    expected = np.zeros((placement.num_moe_layers, placement.num_shards))
-    for layer, shard, slot in np.argwhere(placement.slots != EMPTY):
-        expert = placement.slots[layer, shard, slot]
-        expected[layer, shard] += counts[layer, expert] / (placement.slots[layer] == expert).sum()
-    np.testing.assert_allclose(shard_load(counts, placement), expected)
-    np.testing.assert_allclose(shard_load(counts, placement).sum(axis=1), counts.sum(axis=1))
 
 
 def test_totals_by_phase_and_generation() -> None:

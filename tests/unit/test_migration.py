@@ -128,7 +128,7 @@ def test_other_sizes_are_refused() -> None:
 
 
 def test_placements_that_clash_have_no_union() -> None:
-    with pytest.raises(PlacementError, match="different experts"):
+    with pytest.raises(PlacementError, match="one expert here, another there"):
         union(Placement(0, 2, np.array([[[0], [1]]])), Placement(1, 2, np.array([[[1], [0]]])))
 
 
