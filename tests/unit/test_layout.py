@@ -53,8 +53,20 @@ LAYERS = (
         ),
         frozenset({"torch", "numpy", "scipy", "msgpack", "safetensors", "tokenizers", "tomli", "rich"}),
     ),
-    Layer("data plane", ("ep.transport", "ep.compute", "ep.router", "ep.shard"), frozenset({"torch", "numpy"})),
-    Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "vllm", "uvloop"})),
+    Layer(
+        "data plane",
+        (
+            "ep.transport",
+            "ep.compute",
+            "ep.link_stats",
+            "ep.recorder",
+            "ep.trace_log",
+            "ep.router",
+            "ep.shard",
+        ),
+        frozenset({"torch", "numpy"}),
+    ),
+    Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "numpy", "vllm", "uvloop"})),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
         "commands",
@@ -69,8 +81,10 @@ LAYERS = (
             "ep.tune",
             "ep.terminal",
             "ep.devices",
+            "ep.metrics",
+            "ep.trace_path",
         ),
-        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton"}),
+        frozenset({"torch", "numpy", "click", "prometheus_client", "rich", "ray", "vllm", "psutil", "triton"}),
     ),
 )
 
