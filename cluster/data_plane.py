@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +11,13 @@ import ray
 
 from ep.checkpoint import Checkpoint
 from ep.cluster.membership import Membership
+from ep.cluster.recording import Recording
 from ep.cluster.router_actor import RouterSetup
 from ep.link import NAMESPACE
 from ep.placement import Placement
 from ep.router import Router
 from ep.shard import Shard
-from ep.transport.base import Transport, spec_fingerprint
+from ep.transport.base import Endpoint, Transport, spec_fingerprint
 from ep.transport.handshake import Greeting
 from ep.transport.local import LocalTransport
 from ep.transport.sockets import SocketTransport
@@ -26,10 +28,11 @@ MAX_DISPATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class DataPlane:
-    """A router and what it sends over."""
+    """A router, what it sends over, and what records it."""
 
     router: Router
     transport: Transport
+    recording: Recording | None
     between_steps: threading.Lock = field(default_factory=threading.Lock)
     """Held during a step: whoever holds it may change what steps rely on."""
 
@@ -44,13 +47,23 @@ class DataPlane:
             link.to_dict() | {"way": self.transport.describe(shard_idx)}
             for shard_idx, link in enumerate(self.router.stats())
         ]
-        return {"links": links, "recoveries": [asdict(recovery) for recovery in self.router.recoveries]}
+        recorded = self.recording.status() if self.recording is not None else {}
+        return {"links": links, "recoveries": [asdict(recovery) for recovery in self.router.recoveries]} | recorded
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters of every link, slots of every shard, and the shards' load in the last window."""
+        placement, recording = self.router.placement, self.recording
+        return {
+            "links": [link.to_dict() for link in self.router.stats()],
+            "num_slots": [placement.slots_per_shard] * placement.num_shards,
+            "last_window": recording.last_window(placement) if recording is not None else None,
+        }
 
 
-def open_data_plane(setup: RouterSetup, max_tokens: int) -> DataPlane:
+def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, str]) -> DataPlane:
     """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler.
 
-    Raises CheckpointError, ClusterError, ShardLostError.
+    versions: for the trace's header. Raises CheckpointError, ClusterError, ShardLostError, TraceError.
     """
     checkpoint = Checkpoint(setup.checkpoint)
     spec = checkpoint.spec
@@ -58,6 +71,7 @@ def open_data_plane(setup: RouterSetup, max_tokens: int) -> DataPlane:
     max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
     transport: Transport
     replace = None
+    endpoints: list[Endpoint] = []
     if setup.transport == "local":
         indices = range(placement.num_shards)
         shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
@@ -73,7 +87,8 @@ def open_data_plane(setup: RouterSetup, max_tokens: int) -> DataPlane:
             top_k=spec.top_k,
         )
         node_id = ray.get_runtime_context().get_node_id()
-        transport = SocketTransport(membership.endpoints(), greeting, setup.key, node_id)
+        endpoints = membership.endpoints()
+        transport = SocketTransport(endpoints, greeting, setup.key, node_id)
         replace = membership.replace
     router = Router(
         spec,
@@ -83,4 +98,6 @@ def open_data_plane(setup: RouterSetup, max_tokens: int) -> DataPlane:
         deadline_s=setup.deadline_s,
         on_shard_lost=replace,
     )
-    return DataPlane(router, transport)
+    recording = Recording.start(setup, spec, placement, endpoints, versions)
+    router.recorder = recording.recorder if recording is not None else None
+    return DataPlane(router, transport, recording)

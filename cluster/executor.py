@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 
 import ray
 from vllm.logger import init_logger
@@ -23,6 +24,7 @@ from ep.link import NAMESPACE, Link
 
 logger = init_logger(__name__)
 _CONNECT_S = 60.0
+_END_TRACE_S = 3.0
 
 
 class RouterExecutor(MultiprocExecutor):
@@ -88,6 +90,8 @@ class RouterExecutor(MultiprocExecutor):
         if getattr(self, "shutting_down", True):
             return
         self.shutting_down = True
+        with suppress(ray.exceptions.RayError):  # a router that is gone has nothing more to write
+            ray.get([router.end_trace.remote() for router in getattr(self, "routers", [])], timeout=_END_TRACE_S)
         for router in getattr(self, "routers", []):
             ray.kill(router)
         for queue in getattr(self, "response_mqs", []):

@@ -22,12 +22,16 @@ from ep.link import NAMESPACE, Link
 from ep.placement import Placement
 
 _POLL_S = 0.25
+_METRICS_S = 10.0
 _SAY_AFTER_S, _SAY_EVERY_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """shard_cpus, shard_gpus: what each shard takes of its node. wait_s: how long to wait for these resources."""
+    """shard_cpus, shard_gpus: what each shard takes of its node. wait_s: how long to wait for these resources.
+
+    trace: path on the routers' node that load is recorded in, None to record nothing.
+    """
 
     instance: str
     model: str
@@ -47,6 +51,8 @@ class LaunchOptions:
     router_gpus: float = 0.0
     router_environment: dict[str, str] = field(default_factory=dict)
     rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
+    trace: str | None = None
+    trace_window_s: float = 10.0
 
     @property
     def num_shard_actors(self) -> int:
@@ -112,6 +118,18 @@ class Launch:
         except ray.exceptions.GetTimeoutError:
             return {"shards": [], "routers": {}}
 
+    def metrics(self) -> dict[str, Any]:
+        """What ep/metrics.py shows: the coordinator's status and the metrics of every router that answers.
+
+        Raises RayError where the coordinator does not.
+        """
+        calls = [router.metrics.remote() for router in self._routers]
+        routers = []
+        for call in calls:
+            with suppress(ray.exceptions.RayError):
+                routers.append(ray.get(call, timeout=_METRICS_S))
+        return {"coordinator": ray.get(self._coordinator.status.remote(), timeout=_METRICS_S), "routers": routers}
+
     def set_phase(self, phase: str) -> None:
         """What `ep status` says of the routers from now on."""
         for rank in range(self.options.num_routers):
@@ -146,6 +164,7 @@ class Launch:
         setup = RouterSetup(
             link=self.link,
             rank=rank,
+            model=options.model,
             checkpoint=options.checkpoint,
             placement=options.placement.to_dict(),
             transport=options.transport,
@@ -156,6 +175,8 @@ class Launch:
             key=self._key,
             fp8=options.fp8,
             environment=options.router_environment,
+            trace=options.trace,
+            trace_window_s=options.trace_window_s,
         )
         return (
             ray.remote(RouterActor)

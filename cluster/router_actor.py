@@ -13,12 +13,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ep import __version__
 from ep.cluster.session import restore_priority
 from ep.cluster.step_queue import StepQueue
+from ep.errors import ClusterError, TraceError
 from ep.link import NAMESPACE, Link
 
 if TYPE_CHECKING:
     from ep.cluster.data_plane import DataPlane
+    from ep.cluster.recording import Recording
+    from ep.load import PlacementChange
+    from ep.recorder import RecentLoad
 
 FAILED = "failed: "
 """How the phase of a router starts that could not."""
@@ -26,10 +31,14 @@ FAILED = "failed: "
 
 @dataclass(frozen=True)
 class RouterSetup:
-    """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail."""
+    """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
+
+    model: its name. trace: path of the file that load is recorded in, None to record nothing.
+    """
 
     link: Link
     rank: int
+    model: str
     checkpoint: str
     placement: dict[str, Any]
     transport: str
@@ -40,6 +49,8 @@ class RouterSetup:
     key: bytes
     fp8: bool | None
     environment: dict[str, str]
+    trace: str | None
+    trace_window_s: float
 
 
 class RouterActor:
@@ -92,6 +103,40 @@ class RouterActor:
         base = {"rank": self._setup.rank, "pid": os.getpid()}
         return base | (self._data_plane.status() if self._data_plane is not None else {})
 
+    def metrics(self) -> dict[str, Any]:
+        """For Prometheus. Raises ClusterError while the router starts."""
+        return self._opened().metrics()
+
+    def trace_bytes(self) -> bytes:
+        """The trace's file, what is counted until now included. Raises ClusterError, TraceError."""
+        return self._recording().trace_bytes()
+
+    def loads(self, seconds: float) -> RecentLoad:
+        """What was counted in about the last `seconds` seconds. Raises ClusterError, TraceError."""
+        return self._recording().loads(seconds)
+
+    def note_change(self, change: PlacementChange) -> None:
+        """Append a change of the placement to the trace, if there is one."""
+        recording = self._opened().recording
+        if recording is not None:
+            recording.note_change(change)
+
+    def end_trace(self) -> None:
+        """Write what is counted until now: this process is about to be ended."""
+        if self._data_plane is not None and self._data_plane.recording is not None:
+            self._data_plane.recording.close()
+
+    def _opened(self) -> DataPlane:
+        if self._data_plane is None:
+            raise ClusterError(f"router {self._setup.rank} is still starting")
+        return self._data_plane
+
+    def _recording(self) -> Recording:
+        recording = self._opened().recording
+        if recording is None:
+            raise TraceError(f"{self._setup.link.instance}: no load is recorded (ep serve --trace none)")
+        return recording
+
     def _call(self, job: Any) -> Any:
         future: Future = Future()
         self._jobs.put((job, future))
@@ -111,6 +156,8 @@ class RouterActor:
         import vllm.v1.executor.multiproc_executor  # noqa: F401
 
     def _start(self, vllm_config: Any, init_method: str) -> None:
+        import torch
+        import vllm
         from vllm.plugins import load_general_plugins
 
         from ep.cluster.data_plane import open_data_plane
@@ -120,7 +167,10 @@ class RouterActor:
         _configure_logging(vllm_config)
         load_general_plugins()
         self._phase("waiting for the shards")
-        self._data_plane = open_data_plane(self._setup, vllm_config.scheduler_config.max_num_batched_tokens)
+        versions = {"ep": __version__, "vllm": vllm.__version__, "torch": torch.__version__}
+        self._data_plane = open_data_plane(
+            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions
+        )
         bind_router(self._data_plane.router)
         self._phase("loading attention weights")
         rank = self._setup.rank

@@ -10,6 +10,7 @@ from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from ep.cluster.step_queue import StepQueue
 from ep.engine.failed_step import FailedStep
+from ep.engine.ops import bound_router
 from ep.errors import TransportError
 
 logger = init_logger(__name__)
@@ -28,7 +29,8 @@ class RouterWorker(WorkerProc):
 
         def execute_or_fail(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                with between_steps:
+                sizes = scheduler_output.num_scheduled_tokens
+                with between_steps, bound_router().step(scheduler_output.total_num_scheduled_tokens, len(sizes)):
                     output = execute_model(scheduler_output, *args, **kwargs)
             except TransportError as error:
                 logger.error("step failed: %s", error)

@@ -75,6 +75,15 @@ def cli() -> None:
     "--auto-rebalance/--no-auto-rebalance", default=True, show_default=True, help="Move experts where that pays back."
 )
 @click.option("--rebalance-interval", "rebalance_interval_s", type=click.FloatRange(1), default=60.0, show_default=True)
+@click.option("--trace", metavar="PATH|none", help="New file to record load in. [default: a file in the state folder]")
+@click.option(
+    "--trace-window",
+    "trace_window_s",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    show_default=True,
+    help="Seconds that the trace adds up into one record.",
+)
 @click.option("--api-key", envvar="EP_API_KEY", help="Key that clients must send. [env: EP_API_KEY]")
 @click.option("--check", is_flag=True, help="Stop as soon as a first token has come back.")
 @click.option("--verbose", is_flag=True, help="Library logs on the terminal instead of in a file.")

@@ -6,9 +6,10 @@ Shape legend: T tokens, H hidden, K top-k, P pairs (token, slot) on one shard; e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +18,20 @@ import torch
 from ep.assign import Assigner, IntArray, ShardWork, split
 from ep.errors import DeadlineError, OptionError, PlacementError, ShardLostError, TransportError
 from ep.kernels.reference import quantize_tokens
+from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.transport.base import Endpoint, Partial, Transport
 from ep.transport.buffer import TORCH_DTYPES, RawRows, to_raw
 from ep.wire import Dispatch
 
+if TYPE_CHECKING:
+    from ep.recorder import LoadRecorder
+
 COMBINE_DTYPES = ("bf16", "f32")
 OnShardLost = Callable[[int, TransportError], Endpoint]
 """Called with a shard and what happened to it. Blocks until the shard is back and returns its endpoint, or raises."""
 
-NUM_ROUND_TRIPS = 512
 MAX_RECOVERIES = 3
 """Times that one shard may be lost within one layer before the error is the caller's."""
 
@@ -40,24 +44,6 @@ class Recovery:
     layer_pos: int
     seconds: float
     reason: str
-
-
-@dataclass
-class LinkStats:
-    """Traffic with one shard. compute_ns is what the shard says; round_trips_us the latest, from dispatch to answer."""
-
-    tokens: int = 0
-    pairs: int = 0
-    requests: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
-    compute_ns: int = 0
-    round_trips_us: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_ROUND_TRIPS))
-
-    def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["round_trips_us"] = self.round_trips_us[: self.requests].tolist()
-        return values
 
 
 @dataclass
@@ -116,6 +102,7 @@ class Router:
         self.dispatch_dtype = dispatch_dtype
         self.combine_dtype = combine_dtype
         self.deadline_s = deadline_s
+        self.recorder: LoadRecorder | None = None
         self.recoveries: list[Recovery] = []
         self._transport = transport
         self._on_shard_lost = on_shard_lost
@@ -133,6 +120,24 @@ class Router:
             )
         self.placement = placement
         self._assigner = Assigner(placement)
+
+    @contextmanager
+    def step(self, num_tokens: int, num_requests: int) -> Iterator[None]:
+        """All that is dispatched inside is one step to the recorder, of num_tokens tokens of num_requests requests.
+
+        A step that fails is not recorded: not all of its layers ran.
+        """
+        recorder = self.recorder
+        if recorder is None:
+            yield
+            return
+        recorder.begin_step(self._stats, num_tokens, num_requests)
+        try:
+            yield
+        except BaseException:
+            recorder.drop_step()
+            raise
+        recorder.end_step(self._stats, self.placement.generation)
 
     def moe(
         self,
@@ -158,6 +163,15 @@ class Router:
 
         Never waits for a shard's compute. A shard that cannot be reached is `combine`'s concern.
         """
+        topk_ids = topk_ids.cpu()
+        self._dispatch(layer_pos, hidden, topk_ids, topk_weights)
+        if self.recorder is not None:  # counted while the shards compute
+            self.recorder.note(layer_pos, topk_ids.numpy())
+
+    def _dispatch(
+        self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> None:
+        """As many tokens as go out at once; `combine` sends the rest."""
         if self._call is not None:  # its caller failed in between
             self._transport.abandon()
         most = self._transport.max_tokens
@@ -204,7 +218,7 @@ class Router:
             routed = routed.to(call.device)
         if call.rest is None:
             return routed
-        self.dispatch(layer_pos, *call.rest)
+        self._dispatch(layer_pos, *call.rest)
         return torch.cat([routed, self.combine(layer_pos)])
 
     def stats(self) -> list[LinkStats]:
@@ -282,9 +296,6 @@ class Router:
 
     def _count(self, done: _Sent, partial: Partial) -> None:
         stats = self._stats[partial.shard_idx]
-        stats.round_trips_us[stats.requests % NUM_ROUND_TRIPS] = (time.perf_counter() - done.sent_at) * 1e6
-        stats.requests += 1
-        stats.tokens += len(done.work.token_idx)
-        stats.pairs += len(done.work.pair_idx)
-        stats.bytes_in += partial.num_bytes
-        stats.compute_ns += partial.compute_ns
+        round_trip_us = (time.perf_counter() - done.sent_at) * 1e6
+        work = done.work
+        stats.count(len(work.token_idx), len(work.pair_idx), partial.num_bytes, partial.compute_ns, round_trip_us)

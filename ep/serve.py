@@ -24,6 +24,7 @@ from ep.planning.plan import plan
 from ep.planning.request import PlanRequest
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal
+from ep.trace_path import check_trace, trace_path
 from ep.vllm_flags import check_supported, vllm_flags
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ class ServeOptions:
     "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
     restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
     them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
-    spare_slots: empty slots per shard and layer that a rebalance moves into, by default one for every 16. check: end as
-    soon as a first token has come back.
+    spare_slots: empty slots per shard and layer that a rebalance moves into, by default one for every 16.
+    trace: new file that load is recorded in, "none" for none, None for one in the state folder. check: end as soon as a
+    first token has come back.
     """
 
     model: str
@@ -61,6 +63,8 @@ class ServeOptions:
     spare_slots: int | None = None
     auto_rebalance: bool = True
     rebalance_interval_s: float = 60.0
+    trace: str | None = None
+    trace_window_s: float = 10.0
     api_key: str | None = None
     check: bool = False
     verbose: bool = False
@@ -72,6 +76,7 @@ def serve(options: ServeOptions) -> None:
     terminal = Terminal(options.verbose)
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
+    check_trace(options.trace)
     target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal)
     num_shards = options.shards if options.shards is not None else default_shards()
     if num_shards > target.spec.num_experts:
@@ -113,6 +118,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     from ep.cluster import session as sessions
     from ep.cluster.launch import Launch, LaunchOptions
     from ep.cluster.rebalancer import RebalanceOptions
+    from ep.metrics import ClusterMetrics
 
     terminal.say("starting: Ray and vLLM")
     address = options.address
@@ -124,10 +130,12 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
+    instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
+    trace = trace_path(options.trace, instance)
     launch = Launch(
         session,
         LaunchOptions(
-            instance=f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}",
+            instance=instance,
             model=target.name,
             checkpoint=str(target.checkpoint),
             placement=placement,
@@ -141,6 +149,8 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             router_threads=options.router_threads,
             router_environment=_router_environment(),
             rebalance=RebalanceOptions(options.redundant, options.auto_rebalance, options.rebalance_interval_s),
+            trace=None if trace is None else str(trace),
+            trace_window_s=options.trace_window_s,
         ),
     )
     try:
@@ -152,6 +162,8 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         args = server.parse_flags(flags)
         check_supported(args, cpu)
         launch.link.export()
+        metrics = ClusterMetrics(launch.metrics)
+        metrics.start()
         ended = threading.Event()
         announce = threading.Thread(target=_announce, args=(options, launch, terminal, ended), daemon=True)
         announce.start()
@@ -163,6 +175,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             raise ClusterError(f"the engine ended: {_root_cause(launch, error)}{_see_log(terminal)}") from error
         finally:
             ended.set()
+            metrics.stop()
             announce.join()
     finally:
         _ignore_signals()
@@ -200,6 +213,8 @@ def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: 
     terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")
+    if launch.options.trace is not None:
+        terminal.say(f"load is recorded in {launch.options.trace}")
     if options.check:
         _first_token(base, options)
         terminal.say("first token")

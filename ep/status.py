@@ -45,6 +45,11 @@ def show(instances: list[dict[str, Any]], as_json: bool) -> None:
         for reason in sorted({shard["compute_reason"] for shard in instance["shards"] if "compute_reason" in shard}):
             console.print(f"experts computed by {reason}")
         console.print(_link_table(instance["routers"]))
+        for router in instance["routers"]:
+            if "trace" in router:
+                ended = f" [red](ended: {router['trace_error']})[/red]" if router["trace_error"] else ""
+                where = f"router {router['rank']} records load in {router['trace']}"
+                console.print(where + ended, soft_wrap=True)
 
 
 def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def _link_table(routers: list[dict[str, Any]]) -> Table:
             table.add_row(
                 str(router["rank"]),
                 router["phase"],
+                str(router["pid"]),
                 str(shard_idx),
                 link["way"].partition(":")[0],
                 str(link["requests"]),

@@ -56,10 +56,19 @@ LAYERS = (
     ),
     Layer(
         "data plane",
-        ("ep.transport", "ep.compute", "ep.router", "ep.shard", "ep.mover"),
+        (
+            "ep.transport",
+            "ep.compute",
+            "ep.link_stats",
+            "ep.recorder",
+            "ep.trace_log",
+            "ep.router",
+            "ep.shard",
+            "ep.mover",
+        ),
         frozenset({"torch", "numpy"}),
     ),
-    Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "vllm", "uvloop"})),
+    Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "numpy", "vllm", "uvloop"})),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
         "commands",
@@ -78,8 +87,12 @@ LAYERS = (
             "ep.tune",
             "ep.terminal",
             "ep.devices",
+            "ep.metrics",
+            "ep.trace_path",
         ),
-        frozenset({"torch", "numpy", "click", "rich", "ray", "vllm", "psutil", "triton", "plotly"}),
+        frozenset(
+            {"torch", "numpy", "click", "prometheus_client", "rich", "ray", "vllm", "psutil", "triton", "plotly"}
+        ),
     ),
 )
 

@@ -13,9 +13,10 @@ import torch
 
 from ep.errors import OptionError, PlacementError, ShardFailedError, TransportError
 from ep.kernels.reference import Experts
+from ep.link_stats import NUM_ROUND_TRIPS
 from ep.model import ModelSpec
 from ep.placement import EMPTY, Placement, even_split
-from ep.router import NUM_ROUND_TRIPS, Router
+from ep.router import Router
 from ep.shard import Shard
 from ep.transport.base import Endpoint
 from ep.transport.handshake import Greeting

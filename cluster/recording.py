@@ -1,0 +1,90 @@
+"""The recorder of a router actor and its trace file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from ep.engine.phases import token_phases
+from ep.load import PlacementChange
+from ep.planning.plan import shard_load
+from ep.recorder import LoadRecorder, RecentLoad
+from ep.trace_header import TraceHeader
+from ep.trace_log import TraceLog
+
+if TYPE_CHECKING:
+    from ep.cluster.router_actor import RouterSetup
+    from ep.model import ModelSpec
+    from ep.placement import Placement
+    from ep.transport.base import Endpoint
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A router's load: counted by the recorder, written by the log."""
+
+    recorder: LoadRecorder
+    log: TraceLog
+    spec: ModelSpec
+
+    @classmethod
+    def start(
+        cls,
+        setup: RouterSetup,
+        spec: ModelSpec,
+        placement: Placement,
+        endpoints: Sequence[Endpoint],
+        versions: Mapping[str, str],
+    ) -> Recording | None:
+        """None where `ep serve` was told to record nothing. endpoints: empty with shards in this process.
+
+        Raises TraceError for a path that exists or cannot be written.
+        """
+        if setup.trace is None:
+            return None
+        here = ray.util.get_node_ip_address()
+        nodes = [endpoint.tcp_host or endpoint.node_id for endpoint in endpoints] or [here] * placement.num_shards
+        routers = [here] * setup.link.num_routers  # `Launch` puts them all on one node
+        header = TraceHeader.now(setup.model, spec, placement, nodes, routers, versions)
+        path = setup.trace if setup.rank == 0 else f"{setup.trace}.{setup.rank}"
+        recorder = LoadRecorder(
+            spec, placement.num_shards, setup.rank, setup.trace_window_s, token_phases=token_phases
+        )
+        return cls(recorder, TraceLog(path, header, recorder), spec)
+
+    def trace_bytes(self) -> bytes:
+        """The trace's file, what is counted until now included."""
+        return self.log.read()
+
+    def loads(self, seconds: float) -> RecentLoad:
+        return self.recorder.totals_since(seconds)
+
+    def note_change(self, change: PlacementChange) -> None:
+        """Behind the windows of the generation that it ends."""
+        self.recorder.flush()
+        self.log.put(change)
+
+    def status(self) -> dict[str, Any]:
+        """For `ep status`: where the trace is, all that is counted in it, and what keeps it from growing."""
+        self.recorder.flush()
+        return {"trace": str(self.log.path), "trace_error": self.log.error}
+
+    def last_window(self, placement: Placement) -> dict[str, Any] | None:
+        """Of the last closed window of this placement: pairs of each shard, [L, S], by phase; layers: their numbers in
+        the checkpoint. None until there is one."""
+        windows = [window for window in self.recorder.recent() if window.generation == placement.generation]
+        if not windows:
+            return None
+        window = windows[-1]
+        return {
+            "layers": list(self.spec.moe_layers),
+            "prefill": shard_load(placement, window.prefill).tolist(),
+            "decode": shard_load(placement, window.decode).tolist(),
+        }
+
+    def close(self) -> None:
+        """Write what is counted until now."""
+        self.log.close()
