@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from ep.assign import Assigner
 from ep.checkpoint import Checkpoint
 from ep.cluster.membership import Membership
 from ep.cluster.recording import Recording
@@ -38,8 +39,9 @@ class DataPlane:
 
     def adopt(self, placement: Placement) -> None:
         """Route by this placement from the next step on. Raises PlacementError."""
+        assigner = Assigner(placement)  # which takes long enough for a step to wait for
         with self.between_steps:
-            self.router.set_placement(placement)
+            self.router.set_placement(placement, assigner)
 
     def status(self) -> dict[str, Any]:
         """Counters of every link, and the losses that were mended."""

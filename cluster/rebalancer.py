@@ -8,21 +8,25 @@ shard that missed the end of a failed move cannot take its slots for those of an
 from __future__ import annotations
 
 import logging
+import os
+import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
 
-from ep.errors import ClusterError, EpError
+from ep.errors import ClusterError
 from ep.link import NAMESPACE, Link
 from ep.load import PlacementChange
 from ep.migration import Payback, Step, payback, plan_steps
-from ep.placement import EMPTY, Placement
+from ep.placement import EMPTY, Placement, without_spares
 from ep.planning.imbalance import imbalance
 from ep.planning.plan import Plan, plan, shard_load
 from ep.planning.request import PlanRequest
@@ -35,8 +39,10 @@ WINDOW_S = 60.0
 """Load older than this says little about the load to come."""
 MIN_PAIRS_PER_EXPERT = 8
 """Fewer counts than these on average are noise that a plan would chase."""
-PLAN_SLACK = 0.05
-"""How much busier than it could be a plan may leave a shard, to move fewer experts: the last percents cost most."""
+SLACKS = (0.0, 0.02, 0.05, 0.1)
+"""How much busier than it could be a plan may leave a shard, to move fewer experts: the last percents cost most. The
+one that is worth most over the horizon is taken."""
+NICENESS = 10
 PREPARE_TIMEOUT_S = 600.0
 ADOPT_TIMEOUT_S = 120.0
 
@@ -95,7 +101,7 @@ class Members(Protocol):
 
 
 class Rebalancer:
-    """One attempt at a time, whoever asks for it."""
+    """One attempt after the other, whoever asks for them."""
 
     def __init__(self, link: Link, placement: Placement, members: Members, options: RebalanceOptions) -> None:
         self._link = link
@@ -103,12 +109,11 @@ class Rebalancer:
         self._options = options
         self._placement = placement
         self._last_generation = placement.generation
-        self._busy = threading.Lock()
+        self._asked: queue.SimpleQueue[tuple[bool, str, Future[Outcome]]] = queue.SimpleQueue()
         self._counts: Counter[str] = Counter()
         self._last: Outcome | None = None
         self._bytes_per_s = 0.0
         self._auto = options.auto
-        self._wake = threading.Event()
         threading.Thread(target=self._run, daemon=True, name="rebalance").start()
 
     def status(self) -> dict[str, Any]:
@@ -120,31 +125,37 @@ class Rebalancer:
 
     def set_auto(self, auto: bool) -> None:
         self._auto = auto
-        self._wake.set()
 
     def rebalance(self, force: bool = False, reason: str = "asked for") -> Outcome:
         """Plans and, if that pays back or is forced, moves. Never raises: the outcome says what happened."""
-        if not self._busy.acquire(blocking=False):
-            return Outcome("refused", "a rebalance is under way", time.time(), self._placement.generation)
+        future: Future[Outcome] = Future()
+        self._asked.put((force, reason, future))
+        return future.result()
+
+    def _run(self) -> None:
+        """One attempt after the other, on a thread that leaves the cores to those who serve."""
+        with suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        while True:
+            try:
+                force, reason, future = self._asked.get(timeout=self._options.interval_s)
+            except queue.Empty:
+                if self._auto:
+                    self._try(False, "automatic")
+                continue
+            future.set_result(self._try(force, reason))
+
+    def _try(self, force: bool, reason: str) -> Outcome:
         try:
             outcome = self._attempt(force, reason)
-        except (EpError, ray.exceptions.RayError) as error:
+        except Exception as error:  # whatever it was, the old generation serves and the next attempt may do better
             log.exception("rebalance failed")
             text = (str(getattr(error, "cause", None) or error).strip().splitlines() or ["?"])[-1]
             outcome = self._outcome("failed", f"{text}; generation {self._placement.generation} goes on serving")
-        finally:
-            self._busy.release()
         self._last = outcome
         self._counts[outcome.outcome] += 1
         log.info("rebalance (%s): %s", reason, outcome)
         return outcome
-
-    def _run(self) -> None:
-        while True:
-            self._wake.wait(self._options.interval_s)
-            self._wake.clear()
-            if self._auto:
-                self.rebalance(reason="automatic")
 
     def _attempt(self, force: bool, reason: str) -> Outcome:
         current = self._placement
@@ -155,33 +166,18 @@ class Rebalancer:
         if load.counts.sum() < MIN_PAIRS_PER_EXPERT * load.counts.size:
             return self._outcome("nothing", f"{int(load.counts.sum())} pairs seen: too few to plan from")
         nodes = [endpoint.node_id for endpoint in endpoints]
-        request = PlanRequest(
-            num_shards=current.num_shards,
-            num_redundant=self._options.num_redundant,
-            node_of_shard=tuple(sorted(set(nodes)).index(node) for node in nodes),
-            slack=PLAN_SLACK,
-            generation=current.generation + 1,
-            previous=current,
-        )
-        planned = plan(load.counts, request)
         slot_bytes = ray.get(actors[0].slot_bytes.remote())
-        steps = self._numbered(plan_steps(current, planned.placement, nodes))
-        num_bytes = slot_bytes * sum(len(step.transfers) for step in steps)
+        speed = self._bytes_per_s or self._link_speed(current, actors, endpoints)
+        planned, steps, verdict = self._best(load, nodes, slot_bytes, speed)
         if not steps:
             return self._outcome("nothing", "the placement is as good as a plan for the load that was seen")
-        pair_s = load.compute_ns / max(load.pairs, 1) * 1e-9
-        speed = self._bytes_per_s or self._link_speed(current, actors, endpoints)
-        verdict = payback(
-            load.counts, current, planned.placement, pair_s, load.seconds, num_bytes, speed, self._options.horizon_s
-        )
         before = float(np.mean(imbalance(shard_load(current, load.counts)).excess))
         found = self._outcome("refused", verdict.describe(), planned, verdict, before)
-        found = replace(found, num_steps=len(steps), num_bytes=num_bytes)
-        found = replace(found, num_transfers=sum(len(step.transfers) for step in steps))
+        found = replace(found, num_steps=len(steps), num_transfers=_num_transfers(steps))
         if not force and not verdict.worthwhile:
             return found
         start, probed = time.monotonic(), 0
-        for step in steps:
+        for step in self._numbered(steps):
             probed += self._go(step, actors, endpoints, reason, verdict)
         return replace(
             found,
@@ -190,6 +186,31 @@ class Rebalancer:
             seconds=round(time.monotonic() - start, 3),
             probed=probed,
         )
+
+    def _best(
+        self, load: Load, nodes: list[str], slot_bytes: int, speed: float
+    ) -> tuple[Plan, tuple[Step, ...], Payback]:
+        """Of plans that move more or less, the one that saves most over the horizon, its copies taken off."""
+        current, horizon_s = self._placement, self._options.horizon_s
+        pair_s = load.compute_ns / max(load.pairs, 1) * 1e-9
+        found = []
+        for slack in SLACKS:
+            request = PlanRequest(
+                num_shards=current.num_shards,
+                num_redundant=self._options.num_redundant,
+                node_of_shard=tuple(sorted(set(nodes)).index(node) for node in nodes),
+                generation=current.generation + 1,
+                previous=without_spares(current),
+                slack=slack,
+            )
+            planned = plan(load.counts, request)
+            steps = plan_steps(current, planned.placement, nodes)
+            num_bytes = slot_bytes * _num_transfers(steps)
+            verdict = payback(
+                load.counts, current, planned.placement, pair_s, load.seconds, num_bytes, speed, horizon_s
+            )
+            found.append((planned, steps, verdict))
+        return max(found, key=lambda one: one[2].gain * horizon_s - one[2].cost_s)
 
     def _go(
         self, step: Step, actors: Sequence[Any], endpoints: Sequence[Endpoint], reason: str, verdict: Payback
@@ -270,7 +291,7 @@ class Rebalancer:
             excess = float(np.mean(planned.imbalance.excess))
             found = replace(found, excess_after=excess, gap_to_bound=float(np.max(planned.gap)))
         if verdict is not None:
-            found = replace(found, gain_s_per_s=verdict.gain, cost_s=verdict.cost_s)
+            found = replace(found, gain_s_per_s=verdict.gain, cost_s=verdict.cost_s, num_bytes=verdict.num_bytes)
         return found
 
 
@@ -282,6 +303,10 @@ class Load:
     pairs: int
     compute_ns: int
     seconds: float
+
+
+def _num_transfers(steps: Sequence[Step]) -> int:
+    return sum(len(step.transfers) for step in steps)
 
 
 def _settle(references: list[Any]) -> None:

@@ -242,6 +242,26 @@ def bench_serve(shards: int | None, verbose: bool, **options: Any) -> None:
     show(run(ServeBenchOptions(ep_flags=flags, **options), terminal), terminal.console)
 
 
+@bench.command("rebalance")
+@click.argument("model", default="deepseek-v3")
+@click.option("--checkpoint", metavar="DIR")
+@click.option("--shards", type=click.IntRange(2), default=4, show_default=True)
+@click.option("--redundant", type=click.IntRange(0), default=0, show_default=True, help="Replicas in each layer.")
+@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--num-prompts", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--output-len", type=click.IntRange(2), default=400, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_OUTPUT
+def bench_rebalance(**options: Any) -> None:
+    """What moving experts costs the streams that are being served, and what it gives them."""
+    from ep.bench.rebalance import RebalanceBenchOptions, run, show
+    from ep.terminal import Terminal
+
+    terminal = Terminal()
+    show(run(RebalanceBenchOptions(**options), terminal), terminal.console)
+
+
 @bench.command("transport")
 @click.option("--num-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--hidden-size", type=click.IntRange(1), default=7168, show_default=True)

@@ -1,7 +1,7 @@
 """Fills a shard's empty slots while it serves: from a peer that holds the expert, from the checkpoint where none does.
 
     fetch ─> checksum on arrival ─> write ─> read back ─> admit the placement ─> probe ─> done
-Serving comes first: after each piece the mover rests as long as the piece took.
+Serving comes first: after each slot the mover rests for a multiple of the time that the slot took.
 
 Shape legend: T probe tokens, H hidden.
 """
@@ -30,8 +30,10 @@ from ep.transport.peer import Peer
 from ep.wire import Dispatch
 
 log = logging.getLogger(__name__)
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 """A peer copies so much between two requests of a router."""
+REST = 4
+"""Seconds of rest for each second of work."""
 PROBE_TOKENS = 4
 PROBE_BOUND = 8e-2
 """Relative error of a probe against the checkpoint's weights in float32. FP8 activations on rows as short as a toy
@@ -106,7 +108,7 @@ class Mover:
         else:
             self._read(transfer)
         seconds = time.monotonic() - start
-        time.sleep(seconds)
+        _rest(seconds)
         return Moved(
             moved.from_peers + from_peer,
             moved.from_disk + (not from_peer),
@@ -153,7 +155,9 @@ class Mover:
         try:
             chosen = transfers[::step][:MAX_PROBES]
             for transfer in chosen:
+                start = time.monotonic()
                 error = self._probe_error(peer, placement.generation, transfer)
+                _rest(time.monotonic() - start)
                 if not error <= PROBE_BOUND:
                     raise ClusterError(
                         f"shard {self._shard.shard_idx}: slot {transfer.to_slot} of MoE layer {transfer.layer_pos} "
@@ -189,3 +193,8 @@ class Mover:
             f"shard-{self._shard.shard_idx}", spec_fingerprint(spec), spec.hidden_size, max_tokens, spec.top_k
         )
         return Peer(endpoint, greeting, self._key, self._node_id)
+
+
+def _rest(seconds: float) -> None:
+    """Leaves the cores, and this process's interpreter, to those who serve."""
+    time.sleep(REST * seconds)

@@ -163,3 +163,11 @@ def with_spares(placement: Placement, num_spares: int) -> Placement:
     padding = ((0, 0), (0, 0), (0, num_spares))
     slots = np.pad(placement.slots, padding, constant_values=EMPTY)
     return Placement(placement.generation, placement.num_experts, slots)
+
+
+def without_spares(placement: Placement) -> Placement:
+    """The same experts on every shard, in as few slots as hold them: the form that plans are made in."""
+    order = np.argsort(placement.slots == EMPTY, axis=2, kind="stable")
+    slots = np.take_along_axis(placement.slots, order, axis=2)
+    most = int((slots != EMPTY).sum(axis=2).max())
+    return Placement(placement.generation, placement.num_experts, slots[:, :, :most])

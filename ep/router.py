@@ -111,15 +111,18 @@ class Router:
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self.set_placement(placement)
 
-    def set_placement(self, placement: Placement) -> None:
-        """Between steps only. Raises PlacementError if it is not for these shards."""
+    def set_placement(self, placement: Placement, assigner: Assigner | None = None) -> None:
+        """Between steps only. assigner: of this placement, where it was made beforehand.
+
+        Raises PlacementError if it is not for these shards.
+        """
         if (placement.num_shards, placement.num_moe_layers) != (self._transport.num_shards, self.spec.num_moe_layers):
             raise PlacementError(
                 f"placement is for {placement.num_shards} shards and {placement.num_moe_layers} MoE layers, "
                 f"expected {self._transport.num_shards} and {self.spec.num_moe_layers}"
             )
         self.placement = placement
-        self._assigner = Assigner(placement)
+        self._assigner = assigner or Assigner(placement)
 
     @contextmanager
     def step(self, num_tokens: int, num_requests: int) -> Iterator[None]:

@@ -21,14 +21,13 @@ from rich.table import Table
 
 from ep.bench.client import Load, Percentiles, Served, run_client
 from ep.bench.conditions import Conditions, conditions
-from ep.bench.server import Server, answers, free_port, served_model
+from ep.bench.server import EP_COMMAND, Server, answers, free_port, served_model
 from ep.checkpoint import write_dequantized
 from ep.devices import count_gpus
 from ep.errors import OptionError
 from ep.terminal import Terminal, state_dir
 from ep.vllm_flags import KV_CACHE_BYTES
 
-_EP = (sys.executable, "-c", "from ep.cli import main; main()", "serve")
 _NATIVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 
@@ -177,7 +176,8 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
     if options.url is not None:
         targets = [_Target("ep", options.url, served_model(options.url), weights)]
     else:
-        command = [*_EP, options.model, "--checkpoint", weights, "--address", "local", "--verbose", *options.ep_flags]
+        command = [*EP_COMMAND, options.model, "--checkpoint", weights, "--address", "local", "--verbose"]
+        command += options.ep_flags
         targets = [start("ep", command, ["--", *options.vllm_flags])]
     if options.against == "native":
         command = [*_NATIVE, "--model", _native_weights(target.checkpoint, terminal)]

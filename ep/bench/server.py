@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,9 @@ from ep.errors import EpError
 
 _STOP_SECONDS = 30.0
 _GENERATED = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
+
+
+EP_COMMAND = (sys.executable, "-c", "from ep.cli import main; main()", "serve")
 
 
 def free_port(host: str = "127.0.0.1") -> int:

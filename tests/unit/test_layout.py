@@ -91,7 +91,19 @@ LAYERS = (
             "ep.trace_path",
         ),
         frozenset(
-            {"torch", "numpy", "click", "prometheus_client", "rich", "ray", "vllm", "psutil", "triton", "plotly"}
+            {
+                "torch",
+                "numpy",
+                "click",
+                "openai",
+                "plotly",
+                "prometheus_client",
+                "psutil",
+                "ray",
+                "rich",
+                "triton",
+                "vllm",
+            }
         ),
     ),
 )
