@@ -55,9 +55,9 @@ class RecentLoad:
 
 @dataclass
 class _Step:
-    """began: on the recorder's clock; wall: seconds since 1970. num_rows: rows that are tokens, known from the first layer
-    on; those behind are padding. phase: of most rows; others: int64, the rows of the other one. sample_row: the row that
-    is followed through all layers, -1 for none."""
+    """began: on the recorder's clock; wall: seconds since 1970. num_rows: rows that are tokens, known from the first
+    layer on; those behind are padding. phase: of most rows; others: int64, the rows of the other one. sample_row: the
+    row that is followed through all layers, -1 for none."""
 
     began: float
     wall: float
