@@ -175,6 +175,7 @@ class Coordinator:
             "model": self._setup.model,
             "checkpoint": self._setup.checkpoint,
             "generation": self._placement.generation,
+            "coming_generation": None if (coming := self._coming) is None else coming.generation,
             "num_routers": self._setup.link.num_routers,
             "uptime_s": time.time() - self._started_at,
             "routers": dict(self._phases),

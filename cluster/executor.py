@@ -12,19 +12,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from contextlib import suppress
 
 import ray
 from vllm.logger import init_logger
 from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
 
+from ep.cluster.router_actor import end_routers
 from ep.cluster.session import connect
 from ep.cluster.step_queue import Broadcast, Rendezvous, StepQueue
 from ep.link import NAMESPACE, Link
 
 logger = init_logger(__name__)
 _CONNECT_S = 60.0
-_END_TRACE_S = 3.0
 
 
 class RouterExecutor(MultiprocExecutor):
@@ -90,10 +89,7 @@ class RouterExecutor(MultiprocExecutor):
         if getattr(self, "shutting_down", True):
             return
         self.shutting_down = True
-        with suppress(ray.exceptions.RayError):  # a router that is gone has nothing more to write
-            ray.get([router.end_trace.remote() for router in getattr(self, "routers", [])], timeout=_END_TRACE_S)
-        for router in getattr(self, "routers", []):
-            ray.kill(router)
+        end_routers(getattr(self, "routers", []))
         for queue in getattr(self, "response_mqs", []):
             queue.shutdown()
         self.response_mqs = []

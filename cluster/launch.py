@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ep.cluster.coordinator import Coordinator, CoordinatorSetup
 from ep.cluster.rebalancer import RebalanceOptions
-from ep.cluster.router_actor import RouterActor, RouterSetup
+from ep.cluster.router_actor import RouterActor, RouterSetup, end_routers
 from ep.cluster.session import Session
 from ep.errors import ClusterError
 from ep.link import NAMESPACE, Link
@@ -149,8 +149,7 @@ class Launch:
 
     def close(self) -> None:
         """End the routers, the shards and the coordinator; give their resources back."""
-        for router in self._routers:
-            ray.kill(router)
+        end_routers(self._routers)
         if self._coordinator is not None:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._coordinator.close.remote(), timeout=5.0)

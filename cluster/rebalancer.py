@@ -168,7 +168,7 @@ class Rebalancer:
         nodes = [endpoint.node_id for endpoint in endpoints]
         slot_bytes = ray.get(actors[0].slot_bytes.remote())
         speed = self._bytes_per_s or self._link_speed(current, actors, endpoints)
-        planned, steps, verdict = self._best(load, nodes, slot_bytes, speed)
+        planned, steps, verdict = self._best(load, nodes, slot_bytes, speed, force)
         if not steps:
             return self._outcome("nothing", "the placement is as good as a plan for the load that was seen")
         before = float(np.mean(imbalance(shard_load(current, load.counts)).excess))
@@ -188,13 +188,14 @@ class Rebalancer:
         )
 
     def _best(
-        self, load: Load, nodes: list[str], slot_bytes: int, speed: float
+        self, load: Load, nodes: list[str], slot_bytes: int, speed: float, force: bool
     ) -> tuple[Plan, tuple[Step, ...], Payback]:
-        """Of plans that move more or less, the one that saves most over the horizon, its copies taken off."""
+        """Of plans that move more or less, the one that saves most over the horizon, its copies taken off; the most
+        level one if forced."""
         current, horizon_s = self._placement, self._options.horizon_s
         pair_s = load.compute_ns / max(load.pairs, 1) * 1e-9
         found = []
-        for slack in SLACKS:
+        for slack in SLACKS[:1] if force else SLACKS:
             request = PlanRequest(
                 num_shards=current.num_shards,
                 num_redundant=self._options.num_redundant,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from ep.cluster.recording import Recording
     from ep.load import PlacementChange
     from ep.recorder import RecentLoad
+
+_END_TRACE_S = 2.0
 
 FAILED = "failed: "
 """How the phase of a router starts that could not."""
@@ -199,6 +203,16 @@ class RouterActor:
 
         coordinator = ray.get_actor(self._setup.link.coordinator_name(), namespace=NAMESPACE)
         coordinator.set_phase.remote(self._setup.rank, phase)
+
+
+def end_routers(routers: Sequence[Any]) -> None:
+    """End the processes of these actors, once their traces are written."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):  # one that is gone, or that hangs, writes no more
+        ray.get([router.end_trace.remote() for router in routers], timeout=_END_TRACE_S)
+    for router in routers:
+        ray.kill(router)
 
 
 def _configure_logging(vllm_config: Any) -> None:

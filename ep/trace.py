@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,7 +84,8 @@ class TraceWriter:
             while written < len(data):  # a full disk or a signal: the rest, or the reason why not
                 written += os.write(self._fd, data[written:])
         except OSError as error:
-            os.ftruncate(self._fd, self._num_bytes)
+            with suppress(OSError):  # the reason of the first error is the one to tell
+                os.ftruncate(self._fd, self._num_bytes)
             raise TraceError(f"{self.path}: {error.strerror}") from error
         self._num_bytes += len(data)
 

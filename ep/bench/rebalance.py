@@ -33,8 +33,8 @@ START_MOVE_AT = 0.3
 
 @dataclass(frozen=True)
 class RebalanceBenchOptions:
-    """A stand-in or checkpoint on `shards` shards with `redundant` replicas a layer, under `concurrency` streams. By default all
-    of them decode while experts move: the gap that a prompt's prefill makes is not the move's."""
+    """A stand-in or checkpoint on `shards` shards with `redundant` replicas a layer, under `concurrency` streams. By
+    default all of them decode while experts move: the gap that a prompt's prefill makes is not the move's."""
 
     model: str = "deepseek-v3"
     checkpoint: str | None = None

@@ -55,6 +55,14 @@ def test_unknown_option() -> None:
     expect(["serve", "deepseek-v3", "--shard", "two"], "--shard")
 
 
+def test_a_trace_that_exists(tmp_path: Path) -> None:
+    trace = tmp_path / "old.trace"
+    trace.write_bytes(b"kept")
+    expect(["serve", "deepseek-v3", "--trace", str(trace)], str(trace), "exists already")
+    assert trace.read_bytes() == b"kept"
+    expect(["serve", "deepseek-v3", "--trace", str(tmp_path / "none" / "x.trace")], str(tmp_path / "none"), "no folder")
+
+
 def test_no_such_checkpoint() -> None:
     expect(["serve", "deepseek-v3", "--checkpoint", "/nowhere/at-all"], "/nowhere/at-all")
 
