@@ -171,14 +171,16 @@ class Rebalancer:
         planned, steps, verdict = self._best(load, nodes, slot_bytes, speed, force)
         if not steps:
             return self._outcome("nothing", "the placement is as good as a plan for the load that was seen")
-        before = float(np.mean(imbalance(shard_load(current, load.counts)).excess))
+        load_now = shard_load(current, load.counts)
+        before = float(np.mean(imbalance(load_now).excess))
+        gain = 1 - float(planned.shard_load.max(axis=1).sum() / load_now.max(axis=1).sum())
         found = self._outcome("refused", verdict.describe(), planned, verdict, before)
         found = replace(found, num_steps=len(steps), num_transfers=_num_transfers(steps))
         if not force and not verdict.worthwhile:
             return found
         start, probed = time.monotonic(), 0
         for step in self._numbered(steps):
-            probed += self._go(step, actors, endpoints, reason, verdict)
+            probed += self._go(step, actors, endpoints, reason, gain)
         return replace(
             found,
             outcome="moved",
@@ -205,8 +207,8 @@ class Rebalancer:
                 slack=slack,
             )
             planned = plan(load.counts, request)
-            steps = plan_steps(current, planned.placement, nodes)
-            num_bytes = slot_bytes * _num_transfers(steps)
+            steps = plan_steps(current, planned.placement, slot_bytes, nodes)
+            num_bytes = sum(step.num_bytes for step in steps)
             verdict = payback(
                 load.counts, current, planned.placement, pair_s, load.seconds, num_bytes, speed, horizon_s
             )
@@ -214,9 +216,10 @@ class Rebalancer:
         return max(found, key=lambda one: one[2].gain * horizon_s - one[2].cost_s)
 
     def _go(
-        self, step: Step, actors: Sequence[Any], endpoints: Sequence[Endpoint], reason: str, verdict: Payback
+        self, step: Step, actors: Sequence[Any], endpoints: Sequence[Endpoint], reason: str, gain: float
     ) -> int:
-        """One generation on. Returns how many slots were probed."""
+        """One generation on. gain: share of the busiest shards' load that the whole move is to take away. Returns how
+        many slots were probed."""
         start, old, new = time.monotonic(), self._placement, step.placement
         table = new.to_dict()
         self._members.expect(new)
@@ -243,7 +246,6 @@ class Rebalancer:
         if seconds > 0:
             self._bytes_per_s = copied / seconds
         took = round(time.monotonic() - start, 3)
-        gain = 0.0 if verdict.load_now <= 0 else 1 - verdict.load_planned / verdict.load_now
         change = PlacementChange(time.time(), old.generation, new, reason, copied, took, gain)
         _settle([router.note_change.remote(change) for router in routers])
         return sum(one.probed for one in moved)

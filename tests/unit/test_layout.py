@@ -48,6 +48,7 @@ LAYERS = (
             "ep.link",
             "ep.load",
             "ep.migration",
+            "ep.migration_layer",
             "ep.trace_codec",
             "ep.trace_header",
             "ep.trace",

@@ -94,7 +94,8 @@ def steps_to_skewed_plan(rig: Rig) -> tuple[Step, ...]:
     loads = np.random.default_rng(0).permuted(
         np.tile(1000 // np.arange(1, current.num_experts + 1), (current.num_moe_layers, 1)), axis=1
     )
-    steps = plan_steps(current, plan(loads, PlanRequest(NUM_SHARDS, 1, generation=1, previous=current)).placement)
+    target = plan(loads, PlanRequest(NUM_SHARDS, 1, generation=1, previous=current)).placement
+    steps = plan_steps(current, target, expert_bytes=1)
     assert steps and all(step.transfers for step in steps)
     return steps
 
@@ -118,7 +119,7 @@ def test_every_generation_computes_the_same(rig: Rig) -> None:
 def test_what_no_shard_holds_comes_from_the_checkpoint(rig: Rig) -> None:
     (step, *_) = steps_to_skewed_plan(rig)
     transfers = tuple(Transfer(t.layer_pos, t.expert_idx, t.to_shard, t.to_slot, DISK, DISK) for t in step.transfers)
-    moved = rig.prepare(Step(step.placement, transfers))
+    moved = rig.prepare(Step(step.placement, transfers, step.num_bytes))
     assert sum(m.from_disk for m in moved) == len(transfers)
     rig.router.set_placement(step.placement)
     assert rig.error() < 1e-2

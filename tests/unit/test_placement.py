@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep.errors import PlacementError
-from ep.placement import EMPTY, Placement, even_split
+from ep.placement import EMPTY, Placement, even_split, with_spares, without_spares
 
 
 @st.composite
@@ -62,6 +62,20 @@ def test_even_split_is_even_and_contiguous(num_layers: int, num_experts: int, da
         assert [expert for shard in layer for expert in shard if expert != EMPTY] == list(range(num_experts))
 
 
+@given(placements(), st.integers(0, 3))
+def test_spares_are_empty_slots_behind_the_others(placement: Placement, num_spares: int) -> None:
+    spared = with_spares(placement, num_spares)
+    assert spared.slots_per_shard == placement.slots_per_shard + num_spares
+    assert (spared.slots[:, :, placement.slots_per_shard :] == EMPTY).all()
+    again = Placement(spared.generation, spared.num_experts, spared.slots[:, :, : placement.slots_per_shard])
+    assert again == placement
+
+
+def test_fewer_than_no_spares() -> None:
+    with pytest.raises(PlacementError, match="spares is -1, expected at least 0"):
+        with_spares(even_split(1, 4, 2), -1)
+
+
 @pytest.mark.parametrize("num_shards", [0, 9])
 def test_more_shards_than_experts(num_shards: int) -> None:
     with pytest.raises(PlacementError, match=f"shards is {num_shards}, expected 1 to 8"):
@@ -97,3 +111,12 @@ def test_slots_cannot_be_changed() -> None:
 def test_not_a_placement(table: dict[str, object]) -> None:
     with pytest.raises(PlacementError, match="not a placement"):
         Placement.from_dict(table)
+
+
+@pytest.mark.parametrize("num_spares", [0, 1, 3])
+def test_spares_go_as_they_came(num_spares: int) -> None:
+    placement = even_split(2, 10, 3)
+    assert without_spares(with_spares(placement, num_spares)) == placement
+    gaps = np.array(with_spares(placement, num_spares).slots)[:, :, ::-1]
+    held = without_spares(Placement(1, 10, gaps)).slots
+    assert np.array_equal(np.sort(held, axis=2), np.sort(placement.slots, axis=2))
