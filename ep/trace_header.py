@@ -115,7 +115,7 @@ def decode_header(data: bytes, source: str) -> tuple[TraceHeader, int]:
         unpacker.read_array_header()
         unpacker.unpack()
         version = unpacker.unpack()
-        if type(version) is not int or version > VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise TraceError(f"{source}: is a trace of version {version}, this ep reads up to version {VERSION}")
         checksum, body = unpacker.unpack(), unpacker.unpack()
         if checksum != zlib.crc32(body):

@@ -16,7 +16,6 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from ep.placement import even_split
 from ep.trace import Trace, parse_trace, read_trace
 from tests.serving.served import Served, run_ep, serve
 
@@ -26,6 +25,7 @@ LENGTHS = [(2, 5), (7, 20), (40, 12), (64, 33)]
 """Prompt and output tokens of the requests, all at once; then, alone, those of LAST just before the server stops."""
 LAST = (11, 4)
 METRICS_S = 20.0
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 # What `ep report --live` does: asks the router for its trace.
 ASK = """
@@ -47,7 +47,7 @@ class Recorded:
     live: Trace
     trace: Trace
     load: str
-    samples: dict[tuple[str, frozenset[tuple[str, str]]], float]
+    samples: Samples
     status: dict[str, Any]
     table: str
     output: str
@@ -69,7 +69,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
             check=True,
         )
         table = run_ep("status", "--address", served.ray_address, environment=served.environment).stdout
-        samples = metrics(served)
+        samples = metrics(served, status["routers"][0]["links"])
         request(served, *LAST)
     load = next(line for line in asked.stderr.decode().splitlines() if "pairs " in line)
     yield Recorded(
@@ -92,18 +92,18 @@ def request(served: Served, num_prompt: int, num_output: int) -> None:
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (num_prompt, num_output)
 
 
-def metrics(served: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Of ep's own, once the thread that asks for them has seen all requests."""
+def metrics(served: Served, links: list[dict[str, Any]]) -> Samples:
+    """Once the thread that asks for them has caught up with the counters of `links` and a window has closed."""
     deadline = time.monotonic() + METRICS_S
-    rows = sum(sum(lengths) - 1 for lengths in LENGTHS) * NUM_SHARDS
     while True:
         samples = {
             (sample.name, frozenset(sample.labels.items())): sample.value
             for family in text_string_to_metric_families(served.get("/metrics"))
             for sample in family.samples
         }
-        seen = samples.get(("ep_shard_tokens_total", frozenset({("shard", "0")})), 0)
-        if seen >= rows or time.monotonic() > deadline:
+        tokens = [samples.get(("ep_shard_tokens_total", frozenset({("shard", str(i))}))) for i in range(len(links))]
+        window = any(name == "ep_layer_imbalance" for name, _ in samples)
+        if (window and tokens == [link["tokens"] for link in links]) or time.monotonic() > deadline:
             return samples
         time.sleep(0.5)
 
@@ -135,7 +135,9 @@ def test_the_trace_counts_every_token_once(recorded: Recorded) -> None:
 
 def test_header_and_windows(recorded: Recorded) -> None:
     header, windows = recorded.trace.header, recorded.trace.windows
-    assert header.model == MODEL and header.placement == even_split(3, 256, NUM_SHARDS)
+    placement = header.placement
+    assert header.model == MODEL and header.spec.num_experts == placement.num_experts == 256
+    assert (placement.generation, placement.num_moe_layers, placement.num_shards) == (0, 3, NUM_SHARDS)
     assert len(set(header.node_of_shard + header.node_of_router)) == 1 and len(header.node_of_shard) == NUM_SHARDS
     assert set(header.versions) == {"ep", "vllm", "torch"}
     assert [window.generation for window in windows] == [0] * len(windows)
@@ -152,17 +154,17 @@ def test_metrics_beside_vllm(recorded: Recorded) -> None:
         return recorded.samples[name, frozenset(labels.items())]
 
     assert any(name.startswith("vllm:") for name, _ in recorded.samples)
-    tokens = sum(sum(lengths) - 1 for lengths in LENGTHS)
-    shards = [str(shard) for shard in range(NUM_SHARDS)]
-    assert sum(value("ep_shard_pairs_total", shard=shard) for shard in shards) >= tokens * 8 * 3
-    for shard in shards:
-        rows = value("ep_shard_tokens_total", shard=shard)
-        assert 0 < rows <= value("ep_shard_pairs_total", shard=shard)
-        assert value("ep_shard_bytes_total", shard=shard, direction="out") > rows * 256 * 2
-        assert value("ep_shard_bytes_total", shard=shard, direction="in") >= rows * 256 * 2
-        assert value("ep_shard_up", shard=shard) == 1 and value("ep_shard_slots", shard=shard) == 128
+    (router,) = recorded.status["routers"]
+    for shard_idx, link in enumerate(router["links"]):
+        shard = str(shard_idx)
+        assert value("ep_shard_tokens_total", shard=shard) == link["tokens"] > 0
+        assert value("ep_shard_pairs_total", shard=shard) == link["pairs"] > link["tokens"]
+        for direction in ("out", "in"):
+            assert value("ep_shard_bytes_total", shard=shard, direction=direction) == link[f"bytes_{direction}"]
+        assert value("ep_shard_up", shard=shard) == 1
+        assert value("ep_shard_slots", shard=shard) == recorded.status["shards"][shard_idx]["num_slots"] > 0
         trips = value("ep_round_trip_seconds_count", shard=shard)
-        assert value("ep_round_trip_seconds_bucket", shard=shard, le="+Inf") == trips > 0
+        assert value("ep_round_trip_seconds_bucket", shard=shard, le="+Inf") == trips == link["requests"]
         assert 1e-5 < value("ep_round_trip_seconds_sum", shard=shard) / trips < 1
     assert value("ep_placement_generation") == 0
     for layer in recorded.trace.header.spec.moe_layers:

@@ -230,6 +230,7 @@ def test_bad_files(small: Trace, tmp_path: Path) -> None:
         msgpack.packb({"version": 1}): "is no load trace",
         header[:7]: "cut off within its header",
         encode_header(replace(small.header, version=2)): "is a trace of version 2, this ep reads up to version 1",
+        encode_header(replace(small.header, version=0)): "is a trace of version 0, this ep reads up to version 1",
         header + msgpack.packb([1, 2]): f"record at byte {len(header)} is damaged",
         header + b"\xc1": f"record at byte {len(header)} is damaged",
         header + frame("window", {"start": 1.0}): f"record at byte {len(header)} is damaged",
