@@ -10,8 +10,14 @@ BIN    := .venv/bin
 serve: setup
 	@exec $(BIN)/ep serve deepseek-v3 $(ARGS)
 
+# Unit tests on all cores, then those that start servers, one after the other.
 test: lint
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest -q -n auto tests/unit
+	@$(BIN)/python -m pytest tests/serving tests/gpu
+endif
 
 lint: setup
 	$(BIN)/ruff check .

@@ -32,8 +32,7 @@ from ep.wire import Dispatch
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 18
 """A peer copies so much between two requests of a router."""
-REST = 4
-"""Seconds of rest for each second of work."""
+REST = 4.0
 PROBE_TOKENS = 4
 PROBE_BOUND = 8e-2
 """Relative error of a probe against the checkpoint's weights in float32. FP8 activations on rows as short as a toy
@@ -54,9 +53,13 @@ class Moved:
 
 
 class Mover:
-    """For one shard; its methods may run beside the thread that serves. endpoints: of all shards, by index."""
+    """For one shard; its methods may run beside the thread that serves. endpoints: of all shards, by index. rest:
+    seconds of rest for each second of work."""
 
-    def __init__(self, shard: Shard, checkpoint: Checkpoint, key: bytes, node_id: str) -> None:
+    def __init__(
+        self, shard: Shard, checkpoint: Checkpoint, key: bytes, node_id: str, rest: float = REST
+    ) -> None:
+        self._rest_factor = rest
         self._shard = shard
         self._checkpoint = checkpoint
         self._key = key
@@ -108,7 +111,7 @@ class Mover:
         else:
             self._read(transfer)
         seconds = time.monotonic() - start
-        _rest(seconds)
+        self._rest(seconds)
         return Moved(
             moved.from_peers + from_peer,
             moved.from_disk + (not from_peer),
@@ -157,7 +160,7 @@ class Mover:
             for transfer in chosen:
                 start = time.monotonic()
                 error = self._probe_error(peer, placement.generation, transfer)
-                _rest(time.monotonic() - start)
+                self._rest(time.monotonic() - start)
                 if not error <= PROBE_BOUND:
                     raise ClusterError(
                         f"shard {self._shard.shard_idx}: slot {transfer.to_slot} of MoE layer {transfer.layer_pos} "
@@ -194,7 +197,6 @@ class Mover:
         )
         return Peer(endpoint, greeting, self._key, self._node_id)
 
-
-def _rest(seconds: float) -> None:
-    """Leaves the cores, and this process's interpreter, to those who serve."""
-    time.sleep(REST * seconds)
+    def _rest(self, seconds: float) -> None:
+        """Leaves the cores, and this process's interpreter, to those who serve."""
+        time.sleep(self._rest_factor * seconds)

@@ -159,7 +159,12 @@ def even_split(num_moe_layers: int, num_experts: int, num_shards: int, generatio
 
 
 def with_spares(placement: Placement, num_spares: int) -> Placement:
-    """The same with num_spares more slots on every shard and layer, EMPTY: what a migration moves into."""
+    """The same with num_spares more slots on every shard and layer, EMPTY: what a migration moves into.
+
+    Raises PlacementError for a negative number.
+    """
+    if num_spares < 0:
+        raise PlacementError(f"spares is {num_spares}, expected at least 0")
     padding = ((0, 0), (0, 0), (0, num_spares))
     slots = np.pad(placement.slots, padding, constant_values=EMPTY)
     return Placement(placement.generation, placement.num_experts, slots)

@@ -75,7 +75,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
         shard.listen(KEY, node, host=host, unix_dir=tmp_path / "s")
         for shard, node, host in zip(shards, nodes, hosts, strict=True)
     ]
-    movers = [Mover(shard, checkpoint, KEY, node) for shard, node in zip(shards, nodes, strict=True)]
+    movers = [Mover(shard, checkpoint, KEY, node, rest=0) for shard, node in zip(shards, nodes, strict=True)]
     transport = SocketTransport(endpoints, Greeting.of(spec, "router-0", MAX_TOKENS), KEY, NODE)
     dense = []
     for layer_idx in spec.moe_layers:
