@@ -148,7 +148,9 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             shard_cpus=options.shard_cpus,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
-            rebalance=RebalanceOptions(options.redundant, options.auto_rebalance, options.rebalance_interval_s),
+            rebalance=RebalanceOptions(
+                options.redundant, options.auto_rebalance and trace is not None, options.rebalance_interval_s
+            ),
             trace=None if trace is None else str(trace),
             trace_window_s=options.trace_window_s,
         ),
