@@ -26,7 +26,9 @@ NODE = "node-a"
 NUM_EXPERTS, TOP_K, NUM_LAYERS = 8, 4, 2
 
 
-def make_spec(hidden_size: int = 64, moe_intermediate_size: int = 32, top_k: int = TOP_K) -> ModelSpec:
+def make_spec(
+    hidden_size: int = 64, moe_intermediate_size: int = 32, top_k: int = TOP_K, num_layers: int = NUM_LAYERS
+) -> ModelSpec:
     config = {
         "architectures": ["MixtralForCausalLM"],
         "hidden_act": "silu",
@@ -34,7 +36,7 @@ def make_spec(hidden_size: int = 64, moe_intermediate_size: int = 32, top_k: int
         "intermediate_size": moe_intermediate_size,
         "num_local_experts": NUM_EXPERTS,
         "num_experts_per_tok": top_k,
-        "num_hidden_layers": NUM_LAYERS,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,

@@ -127,25 +127,28 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.unit.shards import NUM_EXPERTS, NUM_LAYERS, make_spec
+from tests.unit.shards import NUM_EXPERTS, make_spec
 from ep.checkpoint import SlotWeights
 from ep.placement import even_split
 from ep.shard import Shard
+
+LAYERS = 8  # the allocator keeps a few slots' worth of what packing has freed
 
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
 def layers(size):
-    for _ in range(NUM_LAYERS):
+    for _ in range(LAYERS):
         shapes = (NUM_EXPERTS, 2 * size, size), (NUM_EXPERTS, size, size)
         yield SlotWeights(*(torch.ones(shape, dtype=torch.bfloat16) for shape in shapes))
 
 torch.set_num_threads(1)
-placement = even_split(NUM_LAYERS, NUM_EXPERTS, 1)
-Shard(make_spec(64, 64), placement, 0, layers(64), "cpu")  # libraries are loaded once and are no slots
+placement = even_split(LAYERS, NUM_EXPERTS, 1)
+small, large = (make_spec(size, size, num_layers=LAYERS) for size in (64, 1024))
+Shard(small, placement, 0, layers(64), "cpu")  # libraries are loaded once and are no slots
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = memory("VmRSS")
-shard = Shard(make_spec(2048, 2048), placement, 0, layers(2048), "cpu")
+shard = Shard(large, placement, 0, layers(1024), "cpu")
 print((memory("VmHWM") - before) * 1024 / shard.stats().slot_bytes)
 """
 
