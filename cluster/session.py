@@ -111,3 +111,8 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise OptionError(f"--address {address}: no Ray cluster answers ({error})") from None
+
+
+def cluster_memory() -> int:
+    """Bytes of memory of all nodes that live, as Ray counts it for its workers."""
+    return int(sum(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]))

@@ -108,6 +108,18 @@ def first_placement(spec: ModelSpec, num_shards: int, options: ServeOptions) -> 
     return with_spares(placement, spare)
 
 
+def check_memory(spec: ModelSpec, placement: Placement, options: ServeOptions, available: int) -> None:
+    """Raises OptionError where the slots cannot fit into available bytes, the memory of all nodes."""
+    keeps_fp8 = spec.quant_block is not None and options.expert_dtype == "fp8"
+    expert_bytes = spec.expert_bytes if keeps_fp8 else 2 * spec.expert_params
+    needed = placement.slots.size * expert_bytes
+    if needed > available:
+        raise OptionError(
+            f"--shards {placement.num_shards} --redundant {options.redundant}: {placement.slots.size} slots of "
+            f"{expert_bytes / 1e6:.2f} MB need {needed / 1e9:.1f} GB, the cluster's memory is {available / 1e9:.1f} GB"
+        )
+
+
 def default_shards() -> int:
     """One shard a CPU core, at most 2: on one machine more shards only add messages."""
     return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -130,6 +142,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
+    check_memory(target.spec, placement, options, sessions.cluster_memory())
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
     launch = Launch(

@@ -128,3 +128,7 @@ def test_vllm_flag_that_ep_sets() -> None:
 def test_status_without_a_cluster() -> None:
     address = f"127.0.0.1:{free_port()}"
     expect(["status", "--address", address], address)
+
+
+def test_more_replicas_than_shards_can_hold() -> None:
+    expect(["serve", "deepseek-v3", "--redundant", "100000"], "100000")
