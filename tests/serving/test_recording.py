@@ -57,7 +57,7 @@ class Recorded:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     folder = tmp_path_factory.mktemp("recording")
     path = folder / "served.trace"
-    arguments = ("--synthetic", "--address", "local", "--shards", str(NUM_SHARDS))
+    arguments = ("--synthetic", "--address", "local", "--shards", str(NUM_SHARDS), "--spare-slots", "0")
     with serve(MODEL, *arguments, "--trace", str(path), "--trace-window", "1", folder=folder) as served:
         with ThreadPoolExecutor(len(LENGTHS)) as pool:
             list(pool.map(lambda lengths: request(served, *lengths), LENGTHS))
