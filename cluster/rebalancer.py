@@ -44,7 +44,7 @@ SLACKS = (0.0, 0.02, 0.05, 0.1)
 one that is worth most over the horizon is taken."""
 NICENESS = 10
 PREPARE_TIMEOUT_S = 600.0
-ADOPT_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -223,22 +223,22 @@ class Rebalancer:
         start, old, new = time.monotonic(), self._placement, step.placement
         table = new.to_dict()
         self._members.expect(new)
+        preparing = [
+            actor.prepare.remote(table, [t for t in step.transfers if t.to_shard == shard_idx], endpoints)
+            for shard_idx, actor in enumerate(actors)
+        ]
         try:
-            moved = ray.get(
-                [
-                    actor.prepare.remote(table, [t for t in step.transfers if t.to_shard == shard_idx], endpoints)
-                    for shard_idx, actor in enumerate(actors)
-                ],
-                timeout=PREPARE_TIMEOUT_S,
-            )
-        except ray.exceptions.GetTimeoutError as error:
-            self._call_off(new, actors)
-            raise ClusterError(f"the shards did not prepare within {PREPARE_TIMEOUT_S:g} s") from error
-        except Exception:
-            self._call_off(new, actors)
+            moved = ray.get(preparing, timeout=PREPARE_TIMEOUT_S)
+        except Exception as error:
+            self._members.expect(None)
+            _settle(preparing)  # or a shard that is not done yet would admit the generation after it was dropped
+            _settle([actor.drop.remote(new.generation) for actor in actors])
+            if isinstance(error, ray.exceptions.GetTimeoutError):
+                raise ClusterError(f"the shards did not prepare within {PREPARE_TIMEOUT_S:g} s") from error
             raise
         routers = self._routers()
-        ray.get([router.adopt.remote(table) for router in routers], timeout=ADOPT_TIMEOUT_S)
+        # However long it takes: a router that went over unnoticed would use slots that the next move writes to.
+        ray.get([router.adopt.remote(table) for router in routers])
         self._placement = new
         self._members.go_over(new)
         _settle([actor.drop.remote(old.generation) for actor in actors])
@@ -250,10 +250,6 @@ class Rebalancer:
         _settle([router.note_change.remote(change) for router in routers])
         return sum(one.probed for one in moved)
 
-    def _call_off(self, placement: Placement, actors: Sequence[Any]) -> None:
-        self._members.expect(None)
-        _settle([actor.drop.remote(placement.generation) for actor in actors])
-
     def _numbered(self, steps: Sequence[Step]) -> list[Step]:
         numbered = []
         for step in steps:
@@ -262,7 +258,7 @@ class Rebalancer:
         return numbered
 
     def _loads(self) -> Load:
-        seen = ray.get([router.loads.remote(WINDOW_S) for router in self._routers()], timeout=ADOPT_TIMEOUT_S)
+        seen = ray.get([router.loads.remote(WINDOW_S) for router in self._routers()], timeout=CALL_TIMEOUT_S)
         return Load(
             counts=np.sum([one.counts for one in seen], axis=0),
             pairs=int(sum(one.pairs.sum() for one in seen)),
@@ -275,7 +271,7 @@ class Rebalancer:
         if len(actors) < 2:
             return float("inf")
         slot = int(np.argmax(placement.slots[0, 0] != EMPTY))
-        return ray.get(actors[1].link_speed.remote(0, slot, endpoints[0]), timeout=ADOPT_TIMEOUT_S)
+        return ray.get(actors[1].link_speed.remote(0, slot, endpoints[0]), timeout=CALL_TIMEOUT_S)
 
     def _routers(self) -> list[Any]:
         names = [self._link.router_name(rank) for rank in range(self._link.num_routers)]
@@ -316,6 +312,6 @@ def _settle(references: list[Any]) -> None:
     """Waits for calls whose failure changes nothing: an actor that is gone has nothing to drop."""
     for reference in references:
         try:
-            ray.get(reference, timeout=ADOPT_TIMEOUT_S)
+            ray.get(reference, timeout=CALL_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             log.warning("%s", str(error).strip().splitlines()[0])

@@ -9,6 +9,7 @@ Shape legend: T probe tokens, H hidden.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -59,18 +60,34 @@ class Mover:
     def __init__(
         self, shard: Shard, checkpoint: Checkpoint, key: bytes, node_id: str, rest: float = REST
     ) -> None:
-        self._rest_factor = rest
         self._shard = shard
         self._checkpoint = checkpoint
         self._key = key
         self._node_id = node_id
+        self._rest_factor = rest
+        self._preparing = threading.Lock()
 
     def prepare(self, placement: Placement, transfers: Sequence[Transfer], endpoints: Sequence[Endpoint]) -> Moved:
         """Fills the slots of `transfers` and admits the placement that uses them.
 
-        Raises ShardLostError or ShardFailedError for a peer that fails half-way, ClusterError where a slot does not
-        compute what the checkpoint's expert does; the placement is then not served.
+        One placement after the other: two moves may want the same empty slot. Raises ShardLostError or ShardFailedError
+        for a peer that fails half-way, ClusterError where a slot does not compute what the checkpoint's expert does;
+        the placement is then not served.
         """
+        with self._preparing:
+            return self._prepare(placement, transfers, endpoints)
+
+    def link_speed(self, layer_pos: int, slot_idx: int, endpoint: Endpoint) -> float:
+        """Bytes per second of reading one slot of a peer, as a move would."""
+        peer = self._open(endpoint)
+        try:
+            start = time.monotonic()
+            num_bytes = sum(len(data) for data in self._chunks(peer, layer_pos, slot_idx))
+            return num_bytes / (time.monotonic() - start)
+        finally:
+            peer.close()
+
+    def _prepare(self, placement: Placement, transfers: Sequence[Transfer], endpoints: Sequence[Endpoint]) -> Moved:
         moved = Moved()
         peers: dict[int, Peer] = {}
         try:
@@ -86,16 +103,6 @@ class Mover:
             self._shard.drop(placement.generation)
             raise
         return Moved(moved.from_peers, moved.from_disk, moved.num_bytes, moved.seconds, probed)
-
-    def link_speed(self, layer_pos: int, slot_idx: int, endpoint: Endpoint) -> float:
-        """Bytes per second of reading one slot of a peer, as a move would."""
-        peer = self._open(endpoint)
-        try:
-            start = time.monotonic()
-            num_bytes = sum(len(data) for data in self._chunks(peer, layer_pos, slot_idx))
-            return num_bytes / (time.monotonic() - start)
-        finally:
-            peer.close()
 
     def _take_in(
         self, transfer: Transfer, endpoints: Sequence[Endpoint], peers: dict[int, Peer], moved: Moved
