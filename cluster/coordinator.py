@@ -85,7 +85,6 @@ class Coordinator:
             threading.Thread(
                 target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}"
             ).start()
-
         self._rebalancer = Rebalancer(setup.link, self._placement, self, setup.rebalance)
 
     def rebalance(self, force: bool) -> Outcome:

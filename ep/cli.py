@@ -95,8 +95,11 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+_ADDRESS = click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
+
+
 @cli.command()
-@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
+@_ADDRESS
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
 def status(address: str, as_json: bool) -> None:
     """What runs on a cluster: shards, nodes, slots, memory, requests, tokens."""
@@ -106,7 +109,7 @@ def status(address: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
+@_ADDRESS
 @click.option("--instance", metavar="NAME", help="Which instance, where several run (`ep status` names them).")
 @click.option("--now", is_flag=True, help="Move also where it does not pay back.")
 @click.option("--auto/--no-auto", default=None, help="Turn automatic rebalancing on or off, and do nothing else.")

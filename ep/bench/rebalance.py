@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ep.bench.conditions import Conditions, conditions
+from ep.bench.result import print_json
 from ep.bench.server import EP_COMMAND, Server, free_port
 from ep.bench.streams import Stream, StreamLoad, gaps_ms, run_streams, tokens_per_s
 from ep.cluster.rebalancer import Outcome
@@ -156,10 +155,7 @@ def show(result: RebalanceBench, console: Console) -> None:
         f"{result.switch_gap_max_ms / result.before.gap_p50_ms:.2f} of the median before; "
         f"{result.num_different} of {result.options.num_prompts} texts differ"
     )
-    found = {"bench": "rebalance", **asdict(result)}
-    if result.options.output:
-        Path(result.options.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found), flush=True)
+    print_json("rebalance", result, result.options.output)
 
 
 def _phase(streams: list[Stream]) -> Phase:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ep.bench.client import Load, Percentiles, Served, run_client
 from ep.bench.conditions import Conditions, conditions
+from ep.bench.result import print_json
 from ep.bench.server import EP_COMMAND, Server, answers, free_port, served_model
 from ep.checkpoint import write_dequantized
 from ep.devices import count_gpus
@@ -132,10 +133,7 @@ def run(options: ServeBenchOptions, terminal: Terminal) -> ServeBench:
 def show(result: ServeBench, console: Console) -> None:
     """The table, then one line of JSON last; the JSON also goes into options.output."""
     console.print(_table(result))
-    found = {"bench": "serve", **asdict(result)}
-    if result.options.output:
-        Path(result.options.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found), flush=True)
+    print_json("serve", result, result.options.output)
 
 
 def _check(options: ServeBenchOptions) -> None:
