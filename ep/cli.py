@@ -333,5 +333,5 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except EpError as error:
-        click.echo(f"ep: {error}", err=True)
+        print(f"ep: {error}", file=sys.stderr)  # click writes bytes, which vLLM's log prefix does not take
         sys.exit(error.exit_code)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ep.cluster.router_actor import FAILED
+from ep.devices import serves_on_gpu
 from ep.errors import ClusterError, OptionError, PlacementError
 from ep.model import ModelSpec
 from ep.placement import Placement, even_split, with_spares
@@ -143,6 +144,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     check_memory(target.spec, placement, options, sessions.cluster_memory())
+    on_gpu = serves_on_gpu()
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
     launch = Launch(
@@ -159,6 +161,8 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             wait_s=options.wait_s,
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
+            on_gpu=on_gpu,
+            router_gpus=1.0 if on_gpu else 0.0,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
             rebalance=RebalanceOptions(

@@ -20,7 +20,7 @@ import torch
 from ep.assign import split
 from ep.checkpoint import Checkpoint, OnProgress, SlotWeights
 from ep.compute import slot_memory
-from ep.compute.base import Work
+from ep.compute.base import ExpertCompute, Work
 from ep.compute.choose import choose_device, keeps_quantized, open_compute
 from ep.errors import PlacementError, WireError
 from ep.migration import union
@@ -162,6 +162,11 @@ class Shard:
         self._served = served  # replaced, never changed: the serving thread reads it without a lock
         self.placement = served[max(served)]
         self._stats.generation = max(served)
+
+    @property
+    def compute(self) -> ExpertCompute:
+        """The code that runs the slots, for a router in the same process."""
+        return self._compute
 
     @property
     def slot_format(self) -> str:

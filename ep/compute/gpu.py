@@ -114,6 +114,39 @@ class GpuCompute:
         for group in passes(works, self._max_tokens):
             self._pass(layer_pos, group)
 
+    def partials(
+        self,
+        layer_pos: int,
+        x: torch.Tensor,
+        slot_ids: torch.Tensor,
+        weights: torch.Tensor,
+        num_tokens: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        """For operands on the device, by launches alone: may be captured in a graph.
+
+        x [T, H] bf16, slot_ids int32 and weights float32 [T, K], num_tokens int32 [1], at most T -> [T, H] of `dtype`;
+        rows from num_tokens on are undefined. Raises ValueError for T beyond the work space.
+        """
+        shape = self._weights.shape
+        out = torch.empty(len(x), shape.hidden, dtype=dtype, device=x.device)
+        return op.fused_moe(
+            x,
+            self._weights,
+            slot_ids,
+            weights,
+            layer_idx=self._layer_idx[layer_pos : layer_pos + 1],
+            num_tokens=num_tokens,
+            out=out,
+            workspace=self._finished(),
+            config=op.choose_config(shape, slot_ids.numel(), self._device),
+            device=self._device,
+        )
+
+    def _finished(self) -> op.Workspace:
+        assert self._workspace is not None and self._num_loaded == len(self._layer_idx), "not finished"
+        return self._workspace
+
     def _pass(self, layer_pos: int, works: list[Work]) -> None:
         """All copies and launches are queued on one stream; the host waits once, for the partials."""
         table = pair_table(works, self._top_k)
@@ -152,8 +185,7 @@ class GpuCompute:
         num_pairs: int,
     ) -> torch.Tensor:
         """Partials [T, H] of `dtype` on the device. The tile is the one for num_pairs rows: as a tuned file counts."""
-        assert self._workspace is not None and self._num_loaded == len(self._layer_idx), "not finished"
-        shape = self._weights.shape
+        workspace, shape = self._finished(), self._weights.shape
         out = torch.empty(len(slot_ids), shape.hidden, dtype=dtype, device=self._torch_device)
         with torch.cuda.device_of(out):
             return op.fused_moe(
@@ -164,7 +196,7 @@ class GpuCompute:
                 layer_idx=self._layer_idx[layer_pos : layer_pos + 1],
                 num_tokens=self._num_tokens.fill_(len(slot_ids)),
                 out=out,
-                workspace=self._workspace,
+                workspace=workspace,
                 config=op.choose_config(shape, num_pairs, self._device),
                 device=self._device,
             )

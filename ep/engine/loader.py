@@ -11,8 +11,10 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ep.checkpoint import Checkpoint
+from ep.engine.ops import bound_router
 
 _EXPERTS = (".mlp.experts.", ".block_sparse_moe.experts.")
 _SCALE = "_scale_inv"
@@ -30,6 +32,8 @@ class RouterLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         load: Any = model.load_weights
         load(_router_weights(Checkpoint(model_config.model), dequantize=current_platform.is_cpu()))
+        with set_default_torch_dtype(torch.float32):  # vLLM loads with the model's
+            bound_router().open_slots()
 
 
 def register_loader(load_format: str) -> None:
