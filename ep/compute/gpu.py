@@ -53,7 +53,7 @@ class GpuCompute:
         self._device, self._torch_device = device, torch_device
         self._max_tokens, self._top_k = max_tokens, spec.top_k
         self._weights = _allocate(_shape(spec, num_slots, device), torch_device)
-        self._num_loaded = 0
+        self._num_loaded = 0  # slots, over all layers
         self._layer_idx = torch.arange(spec.num_moe_layers, dtype=torch.int32, device=torch_device)
         self._num_tokens = torch.zeros(1, dtype=torch.int32, device=torch_device)
         self._workspace: op.Workspace | None = None
@@ -74,20 +74,24 @@ class GpuCompute:
         return [stack[layer_pos, slot_idx] for stack in stacks if stack is not None]
 
     def load_slot(self, layer_pos: int, slot_idx: int, weights: SlotWeights) -> None:
-        one, ours = slice(slot_idx, slot_idx + 1), self._weights
-        scales = [_layer(scale, layer_pos) for scale in (ours.gate_up_scale_inv, ours.down_scale_inv)]
-        gate_up_scale, down_scale = (None if scale is None else scale[one] for scale in scales)
-        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer_pos][one], gate_up_scale)
-        _copy_in(weights.w2, weights.w2_scale, ours.down[layer_pos][one], down_scale)
+        self._write(layer_pos, slot_idx, weights)
 
-    def add_layer(self, weights: SlotWeights) -> None:
-        layer, ours = self._num_loaded, self._weights
-        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer], _layer(ours.gate_up_scale_inv, layer))
-        _copy_in(weights.w2, weights.w2_scale, ours.down[layer], _layer(ours.down_scale_inv, layer))
-        self._num_loaded += 1
+    def _write(self, layer_pos: int, first: int, weights: SlotWeights) -> None:
+        """From slot `first` on."""
+        ours, slots = self._weights, slice(first, first + weights.num_slots)
+        scales = [_layer(scale, layer_pos) for scale in (ours.gate_up_scale_inv, ours.down_scale_inv)]
+        gate_up_scale, down_scale = (None if scale is None else scale[slots] for scale in scales)
+        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer_pos, slots], gate_up_scale)
+        _copy_in(weights.w2, weights.w2_scale, ours.down[layer_pos, slots], down_scale)
+
+    def add_slots(self, weights: SlotWeights) -> None:
+        layer_pos, first = divmod(self._num_loaded, self._weights.shape.num_slots)
+        self._write(layer_pos, first, weights)
+        self._num_loaded += weights.num_slots
 
     def finish(self) -> None:
         """Allocates the work space and compiles the kernels, by passes of every size that chooses others."""
+        assert self._num_loaded == len(self._layer_idx) * self._weights.shape.num_slots, "slots are missing"
         self._workspace = op.Workspace.allocate(self._weights, self._max_tokens, self._top_k)
         if self._torch_device.type != "cuda":
             return
@@ -152,7 +156,7 @@ class GpuCompute:
         num_pairs: int,
     ) -> torch.Tensor:
         """Partials [T, H] of `dtype` on the device. The tile is the one for num_pairs rows: as a tuned file counts."""
-        assert self._workspace is not None and self._num_loaded == len(self._layer_idx), "not finished"
+        assert self._workspace is not None, "not finished"
         shape = self._weights.shape
         out = torch.empty(len(slot_ids), shape.hidden, dtype=dtype, device=self._torch_device)
         with torch.cuda.device_of(out):
