@@ -15,6 +15,8 @@ from ep.checkpoint import Checkpoint
 from ep.cluster.membership import Membership
 from ep.cluster.recording import Recording
 from ep.cluster.router_actor import RouterSetup
+from ep.compute.base import ExpertCompute
+from ep.compute.choose import keeps_quantized, open_compute
 from ep.graph_router import GraphRouter
 from ep.link import NAMESPACE
 from ep.placement import Placement
@@ -114,13 +116,17 @@ def _open_on_gpu(
 ) -> DataPlane:
     """All slots in this process, on its GPU."""
     device = torch.device("cuda", setup.rank)
-    router = GraphRouter(
-        checkpoint.spec,
-        placement,
-        lambda: Shard.load(checkpoint, placement, 0, device=device, max_pass_tokens=max_tokens, fp8=setup.fp8),
-        max_tokens,
-        device,
-    )
-    recording = Recording.start(setup, checkpoint.spec, placement, [], versions)
+    spec = checkpoint.spec
+
+    def open_slots() -> ExpertCompute:
+        compute = open_compute(spec, placement.slots_per_shard, device, max_tokens, for_router=True)
+        quantized = keeps_quantized(spec, device, setup.fp8)
+        for weights in checkpoint.iter_slots(placement.slots[:, 0], torch.bfloat16, quantized, None, device, 1):
+            compute.add_slots(weights)
+        compute.finish()
+        return compute
+
+    router = GraphRouter(spec, placement, open_slots, max_tokens, device)
+    recording = Recording.start(setup, spec, placement, [], versions)
     router.recorder = recording.recorder if recording is not None else None
     return DataPlane(router, None, recording)

@@ -22,6 +22,11 @@ def cli() -> None:
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 @click.option("--checkpoint", metavar="DIR", help="Hugging Face checkpoint to serve.")
 @click.option("--synthetic", is_flag=True, help="Serve the small stand-in with made-up weights.")
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    help="With --synthetic: so many layers of the published shapes; their weights are made where they are held.",
+)
 @click.option("--shards", type=click.IntRange(1), help="Shards that the experts are split over. [default: up to 2]")
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -176,12 +181,19 @@ def model() -> None:
     "--zipf", "zipf_exponent", type=click.FloatRange(0), help="Skew of expert popularity. [default: the preset's]"
 )
 @click.option("--bf16", is_flag=True, help="Dequantised, for engines without block FP8.")
-def synth(preset: str, folder: str, seed: int | None, zipf_exponent: float | None, bf16: bool) -> None:
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    help="So many layers of the published shapes, without weights: they are made where they are held.",
+)
+def synth(
+    preset: str, folder: str, seed: int | None, zipf_exponent: float | None, bf16: bool, layers: int | None
+) -> None:
     """Write the synthetic stand-in of PRESET into FOLDER."""
     from ep.synth import SynthOptions
     from ep.synth import synth as run
 
-    run(SynthOptions(preset, folder, seed, zipf_exponent, bf16))
+    run(SynthOptions(preset, folder, seed, zipf_exponent, bf16, layers))
 
 
 @model.command("list")
@@ -226,6 +238,7 @@ _OUTPUT = click.option("--output", metavar="FILE", help="Write the JSON here too
 @click.option("--url", help="Measure this running server instead of starting one.")
 @click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
 @click.option("--checkpoint", metavar="DIR")
+@click.option("--layers", type=click.IntRange(1), help="So many layers of the published shapes, with made-up weights.")
 @click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--output-len", type=click.IntRange(1), default=128, show_default=True)

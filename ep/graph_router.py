@@ -23,9 +23,9 @@ from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.router import Recovery
-from ep.shard import Shard
 
 if TYPE_CHECKING:
+    from ep.compute.base import ExpertCompute
     from ep.compute.gpu import GpuCompute
     from ep.recorder import LoadRecorder
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 class GraphRouter:
     """Runs the routed experts of any MoE layer on slots in this process's GPU. For one thread.
 
-    open_shard loads the one shard that holds all slots; it is called by `open_slots`, when vLLM loads its own weights,
-    so that its memory accounting sees the slots too. max_tokens: the largest batch.
+    open_slots: loads all slots onto the device. It is called when vLLM loads its own weights, so that its memory
+    accounting sees the slots too. max_tokens: the largest batch.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         placement: Placement,
-        open_shard: Callable[[], Shard],
+        open_slots: Callable[[], ExpertCompute],
         max_tokens: int,
         device: torch.device,
     ) -> None:
@@ -50,7 +50,7 @@ class GraphRouter:
         self.spec = spec
         self.recorder: LoadRecorder | None = None
         self.recoveries: list[Recovery] = []
-        self._open_shard = open_shard
+        self._open_slots = open_slots
         self._max_tokens = max_tokens
         self._compute: GpuCompute | None = None
         self._stats = [LinkStats()]
@@ -61,7 +61,7 @@ class GraphRouter:
 
     def open_slots(self) -> None:
         """Load the experts of this process."""
-        self._compute = cast("GpuCompute", self._open_shard().compute)
+        self._compute = cast("GpuCompute", self._open_slots())
 
     def set_placement(self, placement: Placement, assigner: Assigner | None = None) -> None:
         """Between steps only."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 class ServeOptions:
     """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
 
+    layers: with synthetic, so many layers of the published shapes, their weights made on the devices that hold them.
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
     "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
     restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
@@ -48,6 +49,7 @@ class ServeOptions:
     model: str
     checkpoint: str | None = None
     synthetic: bool = False
+    layers: int | None = None
     shards: int | None = None
     address: str | None = None
     host: str = "127.0.0.1"
@@ -78,7 +80,7 @@ def serve(options: ServeOptions) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
     check_trace(options.trace)
-    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal)
+    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)
     num_shards = options.shards if options.shards is not None else default_shards()
     if num_shards > target.spec.num_experts:
         raise PlacementError(
