@@ -18,6 +18,7 @@ from ep.link import NAMESPACE
 from ep.placement import Placement
 from ep.router import Router
 from ep.shard import Shard
+from ep.share import Share
 from ep.transport.base import Endpoint, Transport, spec_fingerprint
 from ep.transport.handshake import Greeting
 from ep.transport.local import LocalTransport
@@ -62,15 +63,16 @@ class DataPlane:
         }
 
 
-def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, str]) -> DataPlane:
-    """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler.
+def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, str], share: Share) -> DataPlane:
+    """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler, of which this
+    router dispatches its share.
 
     versions: for the trace's header. Raises CheckpointError, ClusterError, ShardLostError, TraceError.
     """
     checkpoint = Checkpoint(setup.checkpoint)
     spec = checkpoint.spec
     placement = Placement.from_dict(setup.placement)
-    max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
+    max_tokens = min(share.length(max_tokens), MAX_DISPATCH_TOKENS)
     transport: Transport
     replace = None
     endpoints: list[Endpoint] = []

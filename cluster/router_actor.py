@@ -20,6 +20,7 @@ from ep.cluster.session import restore_priority
 from ep.cluster.step_queue import StepQueue
 from ep.errors import ClusterError, TraceError
 from ep.link import NAMESPACE, Link
+from ep.share import Share
 
 if TYPE_CHECKING:
     from ep.cluster.data_plane import DataPlane
@@ -37,7 +38,8 @@ FAILED = "failed: "
 class RouterSetup:
     """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
 
-    model: its name. trace: path of the file that load is recorded in, None to record nothing.
+    rank: among all routers of the instance. model: its name. trace: path of the file that load is recorded in, None to
+    record nothing.
     """
 
     link: Link
@@ -74,7 +76,7 @@ class RouterActor:
         self._jobs.put((self._import_vllm, Future()))
 
     def init_method(self) -> str:
-        """The rendezvous of torch.distributed among the routers of one model replica."""
+        """The rendezvous of torch.distributed among the routers of one engine."""
         from vllm.utils.network_utils import get_file_store_init_method
 
         return get_file_store_init_method()
@@ -167,17 +169,20 @@ class RouterActor:
         from ep.cluster.data_plane import open_data_plane
         from ep.cluster.worker import RouterWorker
         from ep.engine.ops import bind_router
+        from ep.group_router import GroupRouter
 
         _configure_logging(vllm_config)
         load_general_plugins()
         self._phase("waiting for the shards")
         versions = {"ep": __version__, "vllm": vllm.__version__, "torch": torch.__version__}
+        group_size = vllm_config.parallel_config.world_size
+        rank = self._setup.rank % group_size
+        share = Share(rank, group_size)
         self._data_plane = open_data_plane(
-            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions
+            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions, share
         )
-        bind_router(self._data_plane.router)
+        bind_router(self._data_plane.router if group_size == 1 else GroupRouter(self._data_plane.router, share))
         self._phase("loading attention weights")
-        rank = self._setup.rank
         assert self._steps is not None, "connect comes before start"
         self._worker = RouterWorker(
             self._steps,
@@ -187,7 +192,7 @@ class RouterActor:
             rank=rank,
             distributed_init_method=init_method,
             shared_worker_lock=threading.Lock(),
-            is_driver_worker=rank % vllm_config.parallel_config.tensor_parallel_size == 0,
+            is_driver_worker=rank == 0,
         )
         self._phase("warming up")
 
@@ -209,6 +214,8 @@ def end_routers(routers: Sequence[Any]) -> None:
     """End the processes of these actors, once their traces are written."""
     import ray
 
+    if not ray.is_initialized():  # at the end of an engine's process, and the first call would start a Ray of its own
+        return
     with suppress(ray.exceptions.RayError):  # one that is gone, or that hangs, writes no more
         ray.get([router.end_trace.remote() for router in routers], timeout=_END_TRACE_S)
     for router in routers:

@@ -10,9 +10,11 @@ LOAD_FORMAT = "ep"
 
 
 def register() -> None:
-    """Register the model classes, the ops and the weight loader; vLLM may call this several times in one process."""
+    """Register the model classes, the ops, the weight loader and the independence of engines; vLLM may call this
+    several times in one process."""
     from vllm import ModelRegistry
 
+    from ep.engine.independent import register_independent_engines
     from ep.engine.loader import register_loader
     from ep.engine.ops import register_ops
 
@@ -20,5 +22,6 @@ def register() -> None:
     register_loader(LOAD_FORMAT)
     supported = ModelRegistry.get_supported_archs()
     for name, location in ARCHITECTURES.values():
+        register_independent_engines(name)
         if name not in supported:
             ModelRegistry.register_model(name, location)

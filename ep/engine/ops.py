@@ -7,6 +7,8 @@ Splitting the round trip in two lets the shared expert run while the shards comp
 takes the shared expert's output as an argument only to be ordered behind it, and what was dispatched only to keep a
 compiled graph from reusing that memory while a shard may still have to be asked again.
 
+A router with a share of the rows (tensor-parallel attention) is given all of them and combines its own.
+
 Shape legend: T tokens, H hidden, K top-k.
 """
 
@@ -17,19 +19,20 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from ep.group_router import GroupRouter
     from ep.router import Router
 
 _library: torch.library.Library | None = None
-_router: Router | None = None
+_router: Router | GroupRouter | None = None
 
 
-def bind_router(router: Router | None) -> None:
+def bind_router(router: Router | GroupRouter | None) -> None:
     """Make `router` the one that this process's ops use."""
     global _router
     _router = router
 
 
-def bound_router() -> Router:
+def bound_router() -> Router | GroupRouter:
     """The router of this process; models are only built inside a router actor, after it was bound."""
     assert _router is not None, "ep's model classes run inside a router actor only: start them with `ep serve`"
     return _router
@@ -82,4 +85,5 @@ def _combine_fake(
     topk_weights: torch.Tensor,
     layer_pos: int,
 ) -> torch.Tensor:
-    return torch.empty_like(hidden)
+    share = bound_router().share
+    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(len(hidden)), hidden.shape[1])
