@@ -67,6 +67,27 @@ def cli() -> None:
     "--shard-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs each shard reserves."
 )
 @click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--shard-gpus",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="GPUs each shard reserves where vLLM computes on GPUs; below 1 several actors share one, and its time.",
+)
+@click.option(
+    "--router-gpus",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="The same for each router.",
+)
+@click.option(
+    "--routers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Engines behind the server, each with attention and KV cache of its own, on the same shards.",
+)
 @click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
     "--redundant", type=click.IntRange(0), default=0, show_default=True, help="Replicas of experts in each layer."
@@ -246,15 +267,17 @@ _OUTPUT = click.option("--output", metavar="FILE", help="Write the JSON here too
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--shards", type=click.IntRange(1), help="Shards of the server that is started.")
+@click.option("--routers", type=click.IntRange(1), help="Routers of the server that is started.")
 @click.option("--verbose", is_flag=True)
 @_OUTPUT
-def bench_serve(shards: int | None, verbose: bool, **options: Any) -> None:
+def bench_serve(shards: int | None, routers: int | None, verbose: bool, **options: Any) -> None:
     """Throughput and latency of a server under vLLM's own benchmark client; vLLM flags follow `--`."""
     from ep.bench.serve import ServeBenchOptions, run, show
     from ep.terminal import Terminal
 
     terminal = Terminal(verbose)
-    flags = ("--shards", str(shards)) if shards is not None else ()
+    given = {"--shards": shards, "--routers": routers}
+    flags = tuple(word for name, value in given.items() if value is not None for word in (name, str(value)))
     show(run(ServeBenchOptions(ep_flags=flags, **options), terminal), terminal.console)
 
 
