@@ -23,7 +23,11 @@ from ep.sheet import Sheet, sheet_markdown
 
 AT = replace(conditions(), date="2026-11-23T10:00:00+00:00")
 BARS = (Series("a", ("x", "y"), (3, 2), (2, 1), (4, 3)), Series("b", ("y",), (1,)))
-STACK = (Series("a", (512, 1024), (3, 2)), Series("b", (512, 1024), (1, 4)), Series("c", (512, 1024), (4, 6), dashed=True))
+STACK = (
+    Series("a", (512, 1024), (3, 2)),
+    Series("b", (512, 1024), (1, 4)),
+    Series("c", (512, 1024), (4, 6), dashed=True),
+)
 FIGURES = (
     Figure("lines", "Lines", "tokens", "ms", (Series("a", (1, 2, 4), (3, 2, 5), (2, 1, 4), (4, 3, 6)),), log_x=True),
     Figure("bars", "Bars", "", "tokens/s", BARS, "bars", reference=1.0),
