@@ -31,8 +31,10 @@ def publish(bench: str, result: Any, report: Report, console: Console) -> None:
 
 
 def print_json(bench: str, result: Any, output: str | None) -> None:
-    """result: a dataclass. output: a file's path, None for no file."""
+    """result: a dataclass, whose options are printed without where its results go. output: None for no file."""
     found = {"bench": bench, **asdict(result)}
+    for name in ("output", "page"):
+        found["options"].pop(name, None)
     if output:
         Path(output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found), flush=True)

@@ -83,6 +83,7 @@ LAYERS = (
             "ep.synth",
             "ep.target",
             "ep.vllm_flags",
+            "ep.options",
             "ep.sheet",
             "ep.report",
             "ep.bench",
