@@ -61,6 +61,7 @@ LAYERS = (
             "ep.transport",
             "ep.compute",
             "ep.link_stats",
+            "ep.profile_marks",
             "ep.recorder",
             "ep.trace_log",
             "ep.router",
