@@ -21,6 +21,7 @@ from ep.kernels.reference import quantize_tokens
 from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
+from ep.profile_marks import mark_experts
 from ep.share import ALL_ROWS, WHOLE
 from ep.transport.base import Endpoint, Partial, Transport
 from ep.transport.buffer import TORCH_DTYPES, RawRows, to_raw
@@ -267,7 +268,7 @@ class Router:
         for shard_idx, sent in call.sent.items():
             if sent.error is not None:
                 self._recover(call, shard_idx, sent.error)
-        deadline = time.monotonic() + self.deadline_s
+        deadline, since, computed_ns = time.monotonic() + self.deadline_s, time.perf_counter_ns(), 0
         while len(call.partials) < len(call.sent):
             try:
                 partial = self._transport.receive(deadline)
@@ -276,7 +277,9 @@ class Router:
                 deadline = time.monotonic() + self.deadline_s
                 continue
             call.partials[partial.shard_idx] = partial.rows
+            computed_ns = partial.compute_ns
             self._count(call.sent[partial.shard_idx], partial)
+        mark_experts(min(computed_ns, time.perf_counter_ns() - since))
 
     def _recover(self, call: _Call, shard_idx: int, error: ShardLostError | DeadlineError) -> None:
         """Blocks until the shard is back, then sends its work again. Raises the error if it does not come back."""
