@@ -9,6 +9,7 @@ import click
 
 from ep import __version__
 from ep.errors import EpError
+from ep.explain.cli import explain
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -210,6 +211,9 @@ def tune(**options: Any) -> None:
     from ep.tune import TuneOptions, run
 
     run(TuneOptions(**_given(options)))
+
+
+cli.add_command(explain)
 
 
 @cli.group()

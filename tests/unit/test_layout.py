@@ -84,6 +84,7 @@ LAYERS = (
             "ep.target",
             "ep.vllm_flags",
             "ep.report",
+            "ep.explain",
             "ep.bench",
             "ep.tune",
             "ep.terminal",
@@ -102,6 +103,7 @@ LAYERS = (
                 "psutil",
                 "ray",
                 "rich",
+                "tomli",
                 "triton",
                 "vllm",
             }
