@@ -144,20 +144,13 @@ def _steps(batch: Batch, defaults: BatchDefaults, sizes: tuple[int, ...]) -> Ite
             if found:
                 yield _prefill_step(found, with_decode, mode, sizes)
     decodes = [step for step in scheduled if not step.prefill_tokens]
-    for size in sorted({step.decode_tokens for step in decodes}, reverse=True):
-        graph, padded = dispatch(size, True, sizes, defaults.max_num_seqs)
-        captured = padded is not None
-        yield Step(
-            phase="decode",
-            count=sum(step.count for step in decodes if step.decode_tokens == size),
-            tokens=(size, size),
-            detail=count_tokens(size) + (f" padded to {padded}" if captured else ""),
-            captured=captured,
-            graph=graph,
-            why=f"{size} <= {sizes[-1]} tokens, any length" if captured else f"{size} > {sizes[-1]} tokens",
-            positions=(batch.input_len + 1, batch.total_len - 1),
-            padded=padded,
-        )
+    largest = max((step.decode_tokens for step in decodes), default=0)
+    groups: dict[tuple[bool, str], list[tuple[Scheduled, int | None]]] = {}
+    for step in decodes:
+        graph, padded = dispatch(step.decode_tokens, True, sizes, defaults.max_num_seqs)
+        groups.setdefault((step.decode_tokens < largest, graph), []).append((step, padded))
+    for (_, graph), found in sorted(groups.items()):
+        yield _decode_step(found, graph, batch, sizes)
 
 
 def _prefill_step(
@@ -174,4 +167,24 @@ def _prefill_step(
         graph=mode,
         why=f"{max(tokens):,} > {sizes[-1]} tokens" if eager else f"{max(tokens):,} <= {sizes[-1]} tokens",
         padded=found[0][1],
+    )
+
+
+def _decode_step(
+    found: list[tuple[Scheduled, int | None]], graph: str, batch: Batch, sizes: tuple[int, ...]
+) -> Step:
+    """All requests, or what is left of them while they end one after the other."""
+    tokens = [step.decode_tokens for step, _ in found]
+    padded = found[0][1] if len(set(tokens)) == 1 else None
+    detail = count_tokens(tokens[0]) if len(set(tokens)) == 1 else f"{max(tokens):,} tokens and fewer, as requests end"
+    return Step(
+        phase="decode",
+        count=sum(step.count for step, _ in found),
+        tokens=(min(tokens), max(tokens)),
+        detail=detail + (f" padded to {padded}" if padded is not None else ""),
+        captured=graph != "eager",
+        graph=graph,
+        why=f"{max(tokens):,} {'>' if graph == 'eager' else '<='} {sizes[-1]} tokens, any length",
+        positions=(batch.input_len + 1, batch.total_len - 1),
+        padded=padded,
     )

@@ -71,7 +71,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer. tuned: the device's own rows first."""
+    """The answer. fewest_shards: that fit their GPUs, from the asked number upwards; None where no number does. tuned:
+    the device's own rows first."""
 
     model: str
     question: Question
@@ -84,6 +85,7 @@ class Explanation:
     context: ContextLength
     kv: KvCache
     shard: ShardMemory
+    fewest_shards: int | None
     router: RouterMemory
     older: Rule
     current: Rule
@@ -120,7 +122,8 @@ def explain(
     device_bytes = int(hardware.memory_bytes.value)
     parts = model_parts(spec)
     kv = kv_cache(spec, question.kv_cache_dtype)
-    shard = shard_memory(spec, layout.slots_per_shard, device.fp8_dtype or torch.float8_e4m3fn, device_bytes)
+    fp8 = device.fp8_dtype or torch.float8_e4m3fn
+    shard = shard_memory(spec, layout.slots_per_shard, fp8, device_bytes)
     defaults = batch_defaults(device_bytes, context.tokens)
     router = router_memory(
         spec,
@@ -154,8 +157,11 @@ def explain(
         context=context,
         kv=kv,
         shard=shard,
+        fewest_shards=shards if shard.fits else _fewest_shards(question, spec, layout, fp8, device_bytes),
         router=router,
-        older=older_rule(batch, context.tokens, spec.mla is not None, hardware.is_amd, question.captured_len),
+        older=older_rule(
+            batch, context.tokens, spec.mla is not None, hardware.is_amd, router.requests, question.captured_len
+        ),
         current=current,
         tuned=tuple(
             (one.key, tuned_files(one, layout.slots_per_shard, spec.moe_intermediate_size, quantized, folders))
@@ -165,6 +171,18 @@ def explain(
         decode=step_time("decode", spec, parts, hardware, kv, decoded, trip),
         prefill=step_time("prefill", spec, parts, hardware, kv, prefilled, prefill_trip),
     )
+
+
+def _fewest_shards(
+    question: Question, spec: ModelSpec, layout: Layout, fp8_dtype: torch.dtype, device_bytes: int
+) -> int | None:
+    for shards in range(layout.shards + 1, spec.num_experts + 1):
+        more = plan_layout(
+            spec, layout.nodes, layout.gpus_per_node, shards, question.redundant, question.spare_slots
+        )
+        if shard_memory(spec, more.slots_per_shard, fp8_dtype, device_bytes).fits:
+            return shards
+    return None
 
 
 def _expert_matrices(spec: ModelSpec) -> tuple[ExpertMatrix, ...]:

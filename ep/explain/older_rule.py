@@ -16,11 +16,14 @@ CHUNK = 2048
 CAPTURE_SIZES = (1, 2, 4, *range(8, MAX_NUM_SEQS + 1, 8))
 
 
-def older_rule(batch: Batch, max_model_len: int, mla: bool, amd: bool, captured_len: int | None = None) -> Rule:
-    """captured_len: --max-seq-len-to-capture; None is as long as the batch's sequences get, as guides set it."""
+def older_rule(
+    batch: Batch, max_model_len: int, mla: bool, amd: bool, max_running: int, captured_len: int | None = None
+) -> Rule:
+    """max_running: requests of the batch's length that the KV cache holds at once. captured_len:
+    --max-seq-len-to-capture; None is as long as the batch's sequences get, as guides set it."""
     asked = batch.total_len if captured_len is None else captured_len
     longest = min(asked, max_model_len)
-    running = min(batch.num_requests, MAX_NUM_SEQS)
+    running = max(1, min(batch.num_requests, MAX_NUM_SEQS, max_running))
     chunked = _chunked_prefill(batch, max_model_len, mla, amd)
     steps = [_prefill(batch, running, chunked), *_decode(batch, running, longest)]
     captured_how = "--max-seq-len-to-capture" if captured_len is not None else "input + output"

@@ -125,7 +125,7 @@ def _memory(explanation: Explanation, page: _Page) -> None:
     rows = [
         ("shard", "slots", size(shard.slots), ""),
         ("", "work space", size(shard.workspace), "of the kernels"),
-        ("", "in all", size(shard.total), "fits" if shard.fits else "does not fit: more shards"),
+        ("", "in all", size(shard.total), _fits(explanation)),
         ("router", "weights", size(router.weights), "all but the experts"),
     ]
     if router.absorbed:
@@ -140,6 +140,13 @@ def _memory(explanation: Explanation, page: _Page) -> None:
         f"{router.share:g} of the router's, captured graphs not counted"
     )
     page.line(f"host memory of each router-shard link: {size(shard.link_host)}")
+
+
+def _fits(explanation: Explanation) -> str:
+    if explanation.shard.fits:
+        return "fits"
+    fewest = explanation.fewest_shards
+    return "does not fit" + (f": {fewest} shards would" if fewest else ", nor would one expert a shard")
 
 
 def _context(explanation: Explanation, page: _Page) -> None:
@@ -163,12 +170,17 @@ def _rules(explanation: Explanation, versions: dict[str, str], page: _Page) -> N
             page.line("no vLLM is installed here")
         elif rule is explanation.current and not (installed or "").startswith(f"{VERSION}."):
             page.line(f"vLLM {installed} is installed: the rules below are those of {VERSION} and may differ")
-        page.line(f"chunked prefill: {rule.chunked_prefill.why}")
+        chunked, input_len = rule.chunked_prefill, explanation.question.batch.input_len
+        page.line(f"chunked prefill: {chunked.why}; an input of {input_len:,} takes {_steps(chunked.chunks)}")
         page.line(f"captured sizes: {sizes_list(rule.capture_sizes)}")
         page.line("a step runs from a captured graph if")
         page.bullets(rule.conditions)
         page.table(("step", "times", "tokens", "sequence", "captured", "because"), rule_rows(rule), words=(0, 5))
         page.bullets(rule.notes)
+
+
+def _steps(number: int) -> str:
+    return "one step" if number == 1 else f"at least {number:,} steps"
 
 
 def _tuned(explanation: Explanation, page: _Page) -> None:

@@ -100,12 +100,10 @@ def _transfer(
         parts.append(_scaled(hardware.between_nodes, num_bytes * remote, "between nodes"))
     slowest = max(parts, key=lambda figure: figure.value)
     known = hardware.between_nodes if layout.nodes > 1 and slowest is parts[-1] else hardware.same_node
-    asked = (num_tokens, spec.hidden_size, spec.top_k, layout.shards, layout.nodes, dispatch_dtype)
-    exact = asked == (
-        *(known.num_tokens, known.hidden_size, known.top_k, known.shards, known.nodes),
-        known.dispatch_dtype,
-    )
-    return known.us if exact else slowest
+    asked = (num_tokens, spec.hidden_size, layout.shards, layout.nodes, dispatch_dtype)
+    same_sizes = asked == (known.num_tokens, known.hidden_size, known.shards, known.nodes, known.dispatch_dtype)
+    same_choices = layout.shards == 1 or spec.top_k == known.top_k
+    return known.us if same_sizes and same_choices else slowest
 
 
 def _scaled(known: KnownRoundTrip, num_bytes: float, where: str) -> Figure:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,15 @@ from ep.explain.steps import Batch
 from ep.explain.tuned import tuned_files
 from ep.presets import list_presets, load_preset
 from tests.cases import small_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """vLLM's configs set variables for its workers; servers of later tests shall not inherit them."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("name", list_presets())

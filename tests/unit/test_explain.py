@@ -148,6 +148,16 @@ def test_a_known_round_trip_is_repeated_as_it_is_known() -> None:
     assert (same["value"], same["kind"]) == (82.0, "published")
     other = explain(*asked, "--dispatch-dtype", "bf16")["round_trip"]["transfer"]
     assert other["kind"] == "estimated" and other["value"] > same["value"]
+    pair = explain("deepseek-v3", "--device", "h200", "--shards", "1", "--batch-size", "128", "--dispatch-dtype", "fp8")
+    assert (pair["round_trip"]["transfer"]["value"], pair["round_trip"]["transfer"]["kind"]) == (25.8, "measured")
+
+
+def test_shards_that_do_not_fit_say_how_many_would() -> None:
+    """DeepSeek-V3's experts are 654 GB; a quarter of them, with the spare slots, is more than an H200's 151 GB."""
+    found = explain("deepseek-v3", "--device", "h200", "--shards", "4")
+    assert not found["shard"]["fits"] and found["fewest_shards"] == 5
+    assert explain("deepseek-v3", "--device", "h200", "--shards", "5")["shard"]["fits"]
+    assert "does not fit: 5 shards would" in " ".join(text("deepseek-v3", "--device", "h200", "--shards", "4").split())
 
 
 def test_tuned_files_under_every_name() -> None:

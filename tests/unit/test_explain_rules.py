@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ep.errors import OptionError, PlacementError
 from ep.explain.context import context_length
 from ep.explain.current_rule import BatchDefaults, batch_defaults, capture_sizes, current_rule, dispatch, schedule
+from ep.explain.document import document
+from ep.explain.explanation import Question, explain
 from ep.explain.hardware import list_hardware, load_hardware
 from ep.explain.layout import default_shards, plan_layout
 from ep.explain.memory import BLOCK_TOKENS, MEMORY_SHARE, kv_cache, router_memory
 from ep.explain.older_rule import older_rule
+from ep.explain.page import show
 from ep.explain.parameters import model_parts
 from ep.explain.round_trip import row_bytes, shards_per_token
 from ep.explain.steps import Batch
@@ -28,12 +34,19 @@ from ep.wire import dispatch_layout
 batches = st.builds(Batch, st.integers(1, 300), st.integers(1, 3000), st.integers(1, 40))
 
 
-@given(batch=batches, captured_len=st.integers(1, 5000) | st.none(), mla=st.booleans(), amd=st.booleans())
+@given(
+    batch=batches,
+    captured_len=st.integers(1, 5000) | st.none(),
+    mla=st.booleans(),
+    amd=st.booleans(),
+    max_running=st.integers(0, 400),
+)
 def test_older_steps_are_what_vllm_decides_step_by_step(
-    batch: Batch, captured_len: int | None, mla: bool, amd: bool
+    batch: Batch, captured_len: int | None, mla: bool, amd: bool, max_running: int
 ) -> None:
-    rule = older_rule(batch, 65536, mla, amd, captured_len)
-    running = min(batch.num_requests, 256)
+    rule = older_rule(batch, 65536, mla, amd, max_running, captured_len)
+    running = max(1, min(batch.num_requests, 256, max_running))
+    assert rule.running == running
     longest = batch.total_len if captured_len is None else captured_len
     captured: dict[int, bool] = {}
     for step in rule.steps:
@@ -90,12 +103,14 @@ def test_the_schedule_is_that_of_a_queue(batch: Batch, budget: int) -> None:
 def test_current_steps_use_the_smallest_graph_that_fits(batch: Batch, max_running: int) -> None:
     rule = current_rule(batch, 65536, 192 * 2**30, max_running)
     assert rule.running == max(1, min(batch.num_requests, max_running))
+    assert len(rule.steps) <= 8
     steps = [step for step in rule.steps if step.phase != "decode"]
     assert sum(step.count for step in steps) >= rule.running * batch.input_len / rule.chunked_prefill.budget
     for step in rule.steps:
         assert step.captured == (step.tokens[1] <= 512) == (step.graph != "eager")
+        assert step.count >= 1 and step.tokens[0] <= step.tokens[1]
         assert (step.graph == "full") <= (step.phase == "decode")
-        if step.captured and step.phase == "decode":
+        if step.padded is not None and step.phase == "decode":
             assert step.padded == min(size for size in rule.capture_sizes if size >= step.tokens[1])
 
 
@@ -212,6 +227,33 @@ def test_a_shards_messages_are_as_large_as_the_transports() -> None:
     from ep.explain.memory import MESSAGE_TOKENS
 
     assert MESSAGE_TOKENS == MAX_TOKENS
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    preset=st.sampled_from(list_presets()),
+    device=st.sampled_from(list_hardware()),
+    batch=st.builds(Batch, st.integers(1, 5000), st.integers(1, 30000), st.integers(1, 2768)),
+    shards=st.none() | st.integers(1, 8),
+    nodes=st.integers(1, 4),
+    dispatch_dtype=st.sampled_from(["bf16", "fp8"]),
+)
+def test_every_question_has_an_answer(
+    preset: str, device: str, batch: Batch, shards: int | None, nodes: int, dispatch_dtype: str
+) -> None:
+    found = load_preset(preset)
+    question = Question(preset, batch, shards, nodes, dispatch_dtype=dispatch_dtype)
+    answer = explain(question, found.spec, found.config, load_hardware(device))
+    json.dumps(document(answer, {}, None), allow_nan=False)
+    out = io.StringIO()
+    show(answer, {}, "test", None, Console(file=out, width=80))
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    decoded = sum(step.count * step.tokens[0] for step in answer.older.steps if step.phase == "decode")
+    assert decoded == answer.older.running * (batch.output_len - 1)
+    assert 1 <= answer.round_trip.copies <= answer.layout.shards
+    assert answer.round_trip.used_slots <= answer.layout.experts_per_shard
+    assert answer.shard.fits == (answer.fewest_shards == answer.layout.shards)
+    assert answer.decode.step_us.value > answer.decode.moe_layer_us.value > answer.round_trip.total.value
 
 
 def test_words() -> None:
