@@ -96,6 +96,7 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+cli.add_command(explain)
 _ADDRESS = click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
 
 
@@ -211,9 +212,6 @@ def tune(**options: Any) -> None:
     from ep.tune import TuneOptions, run
 
     run(TuneOptions(**_given(options)))
-
-
-cli.add_command(explain)
 
 
 @cli.group()
