@@ -10,6 +10,7 @@ import click
 from ep import __version__
 from ep.bench.cli import bench
 from ep.errors import EpError
+from ep.explain.cli import explain
 from ep.options import TRANSPORTS, FlagsForVllm, given
 
 
@@ -122,6 +123,7 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+cli.add_command(explain)
 _ADDRESS = click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
 
 

@@ -25,7 +25,8 @@ _NATIVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 @dataclass(frozen=True)
 class Wanted:
     """url: a server that runs, whose tokenizer `checkpoint` names; None: one is started on a Ray of its own. against:
-    "native" or None. layers: so many of the published shapes, with made weights. ep_flags: further options of `ep serve`; vllm_flags go to vLLM in every server started here."""
+    "native" or None. layers: so many of the published shapes, with made weights. ep_flags: further options of
+    `ep serve`; vllm_flags go to vLLM in every server started here."""
 
     model: str
     checkpoint: str | None

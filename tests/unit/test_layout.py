@@ -97,6 +97,7 @@ LAYERS = (
             "ep.options",
             "ep.sheet",
             "ep.report",
+            "ep.explain",
             "ep.bench",
             "ep.tune",
             "ep.terminal",
@@ -115,6 +116,7 @@ LAYERS = (
                 "psutil",
                 "ray",
                 "rich",
+                "tomli",
                 "triton",
                 "vllm",
             }
