@@ -36,8 +36,9 @@ class ServeOptions:
     """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
 
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
-    "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
+    "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
+    shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the restart of a lost shard
+    included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
     them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
     spare_slots: empty slots per shard and layer that a rebalance moves into, by default one for every 16.
     trace: new file that load is recorded in, "none" for none, None for one in the state folder. check: end as soon as a
@@ -48,6 +49,7 @@ class ServeOptions:
     checkpoint: str | None = None
     synthetic: bool = False
     shards: int | None = None
+    nodes: int | None = None
     address: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -84,6 +86,8 @@ def serve(options: ServeOptions) -> None:
             f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
             f"expected 1 to {target.spec.num_experts} shards"
         )
+    if options.nodes is not None and options.nodes > num_shards:
+        raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
     placement = first_placement(target.spec, num_shards, options)
     with terminal.quiet("serve"):
         try:
@@ -159,6 +163,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             wait_s=options.wait_s,
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
+            num_hosts=options.nodes,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
             rebalance=RebalanceOptions(

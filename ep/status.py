@@ -41,6 +41,9 @@ def show(instances: list[dict[str, Any]], as_json: bool) -> None:
             f"[bold]{instance['model']}[/bold]  {instance['instance']}  generation {instance['generation']}  "
             f"up {instance['uptime_s']:.0f} s  {instance['checkpoint']}"
         )
+        for host in instance["hosts"]:
+            if host["state"] == "lost":
+                console.print(_lost_host(host, instance["shards"]), soft_wrap=True)
         console.print(_shard_table(instance["shards"]))
         for reason in sorted({shard["compute_reason"] for shard in instance["shards"] if "compute_reason" in shard}):
             console.print(f"experts computed by {reason}")
@@ -63,13 +66,19 @@ def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
         return {"rank": rank, "phase": f"no answer: {type(error).__name__}"}
 
 
+def _lost_host(host: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+    there = [str(shard["shard_idx"]) for shard in shards if shard["host"] == host["address"]]
+    left = f"; its shards: {', '.join(there)}" if there else "; its shards run elsewhere"
+    return f"[red]host {host['address']} is lost: {host['why']}, silent for {host['silent_s']:.0f} s{left}[/red]"
+
+
 def _shard_table(shards: list[dict[str, Any]]) -> Table:
     table = Table("shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "shared", "bad", "restarts")
     for shard in shards:
         table.add_row(
             str(shard["shard_idx"]),
             shard["state"] + (f": {shard['error']}" if shard["error"] and shard["state"] != "up" else ""),
-            shard.get("node_ip", ""),
+            shard.get("node_ip", shard["host"]),
             str(shard.get("pid", "")),
             str(shard.get("num_slots", "")),
             _bytes(shard.get("slot_bytes")),
