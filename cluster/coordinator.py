@@ -215,7 +215,7 @@ class Coordinator:
                 failures += 1
                 final = not was_up and (isinstance(error, UserError) or failures >= MAX_FAILURES)
                 with self._changed:
-                    shard.error = str(error).strip().splitlines()[-1]
+                    shard.error = self._why(shard, str(error).strip().splitlines()[-1])
                     out = final or failures >= MAX_FAILURES or isinstance(error, NoRoomError)
                     shard.state = "failed" if out else "waiting"
                     if final and isinstance(error, UserError):
@@ -235,7 +235,7 @@ class Coordinator:
                 lost_at = time.monotonic()
                 with self._changed:
                     shard.state, shard.endpoint = "starting", None
-                    shard.error = str(error).strip().splitlines()[0]
+                    shard.error = self._why(shard, str(error).strip().splitlines()[0])
                     self._changed.notify_all()
 
     def _start(self, shard: _Shard) -> None:
@@ -301,10 +301,15 @@ class Coordinator:
             there = [s for s in self._shards if s.host == address and s.state in ("up", "loading", "starting")]
             for shard in there:
                 shard.state, shard.endpoint = "starting", None
-                shard.error = f"host {address} is lost: {self._hosts.lost(address)}"
+                shard.error = self._why(shard, "")
         for shard in there:
             if shard.actor is not None:
                 ray.kill(shard.actor)
+
+    def _why(self, shard: _Shard, said: str) -> str:
+        """The loss of the shard's host, which says more than what Ray said of its actor."""
+        lost = self._hosts.lost(shard.host)
+        return f"host {shard.host} is lost: {lost}" if lost and "is lost" not in said else said
 
     def _give_up(self, shard: _Shard, incarnation: int, reason: str) -> None:
         """End an incarnation that a router cannot reach: a process that hangs is not noticed by Ray."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ep import __version__
+from ep.bench.nodes_cli import bench_soak
 from ep.errors import EpError
 
 
@@ -315,6 +316,9 @@ def bench_placement(**options: Any) -> None:
     from ep.bench.placement import PlacementBenchOptions, report, run
 
     report(run(PlacementBenchOptions(**_given(options))))
+
+
+bench.add_command(bench_soak)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

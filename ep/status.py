@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ep.errors import ClusterError
 from ep.instances import coordinators
 from ep.link import NAMESPACE
 
@@ -16,13 +19,20 @@ _TIMEOUT_S = 10.0
 
 
 def collect(address: str) -> list[dict[str, Any]]:
-    """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError."""
+    """The status of every instance on the cluster at `address` ("auto": this machine's).
+
+    Raises OptionError, ClusterError where a coordinator does not answer.
+    """
     import ray
 
-    with coordinators(address) as found:
+    # Ray prints on stdout what it thinks of lost nodes, which is no part of a JSON document.
+    with coordinators(address) as found, redirect_stdout(io.StringIO()):
         instances = []
-        for coordinator in found.values():
-            instance = ray.get(coordinator.status.remote(), timeout=_TIMEOUT_S)
+        for name, coordinator in found.items():
+            try:
+                instance = ray.get(coordinator.status.remote(), timeout=_TIMEOUT_S)
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"{name}: its coordinator does not answer: {type(error).__name__}") from error
             instance["routers"] = [_router(instance, rank) for rank in range(instance["num_routers"])]
             instances.append(instance)
         return instances

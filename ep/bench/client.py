@@ -40,7 +40,8 @@ class Served:
     """What the client saw, its warm-up left out.
 
     output_tokens_per_s: all output tokens by the whole duration, prefill included. ttft: from request to first token.
-    tpot: a request's time per token after the first. itl: between two tokens of a request.
+    tpot: a request's time per token after the first. itl: between two tokens of a request. num_failed: requests without
+    an answer, which the other figures leave out.
     """
 
     duration_s: float
@@ -48,12 +49,15 @@ class Served:
     ttft_ms: Percentiles
     tpot_ms: Percentiles
     itl_ms: Percentiles
+    num_failed: int = 0
 
 
-def run_client(load: Load, url: str, model: str, tokenizer: str, logs: Path, name: str) -> Served:
+def run_client(
+    load: Load, url: str, model: str, tokenizer: str, logs: Path, name: str, may_fail: bool = False
+) -> Served:
     """Runs the client in a process of its own; its log and its raw result go to logs/client-NAME.{log,json}.
 
-    Raises EpError, with the log's path, when the client fails or a request does.
+    Raises EpError, with the log's path, when the client fails or, unless may_fail, a request does.
     """
     log, result = logs / f"client-{name}.log", logs / f"client-{name}.json"
     flags: dict[str, Any] = {
@@ -81,7 +85,7 @@ def run_client(load: Load, url: str, model: str, tokenizer: str, logs: Path, nam
     if done.returncode != 0 or not result.is_file():
         raise EpError(f"{log}: vLLM's benchmark client ended with exit code {done.returncode}")
     raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if raw["completed"] != load.num_prompts:
+    if raw["completed"] != load.num_prompts and not may_fail:
         raise EpError(f"{log}: {url} answered {raw['completed']} of {load.num_prompts} requests")
     ttft, tpot, itl = (Percentiles(*(raw[f"p{p}_{name}_ms"] for p in _PERCENTILES)) for name in _LATENCIES)
-    return Served(raw["duration"], raw["output_throughput"], ttft, tpot, itl)
+    return Served(raw["duration"], raw["output_throughput"], ttft, tpot, itl, load.num_prompts - raw["completed"])

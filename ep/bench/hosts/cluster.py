@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,6 +63,9 @@ class HostCluster:
         """What runs `words` on a host."""
         return [*(self._network.inside(host_idx) if self._network is not None else ()), *words]
 
+    def full_environment(self) -> dict[str, str]:
+        return {**os.environ, **self.environment}
+
     def lose(self, host_idx: int) -> None:
         """The host is not heard of any more: its cable is pulled; on loopback all its processes are killed."""
         if self._network is not None:
@@ -74,6 +78,20 @@ class HostCluster:
     def processes(self) -> list[psutil.Process]:
         """Of all Ray nodes: their servers and their actors."""
         return _processes(self.folder)
+
+    def host_of(self, process: psutil.Process) -> str:
+        """The address of the host whose Ray node started this process, or "" where none did."""
+        for one in [process, *process.parents()]:
+            for host_idx, address in enumerate(self.addresses):
+                if any(str(self._node_folder(host_idx)) in word for word in one.cmdline()):
+                    return address
+        return ""
+
+    def describe(self) -> str:
+        """What the hosts are, for people."""
+        if self.kind == "namespaces":
+            return f"{len(self.addresses)} hosts: network namespaces of one machine"
+        return f"{len(self.addresses)} hosts: Ray nodes on loopback addresses of one machine, as {self.why_loopback}"
 
     def _node_folder(self, host_idx: int) -> Path:
         return self.folder / str(host_idx)
@@ -107,10 +125,25 @@ def host_cluster(
             list(pool.map(lambda host_idx: _start_ray(cluster, host_idx, cpus_per_host), range(1, num_hosts)))
         yield cluster
     finally:
-        _end(_processes(folder))
-        if network is not None:
-            network.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        with _undisturbed():
+            _end(_processes(folder))
+            if network is not None:
+                network.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside, a second Ctrl-C leaves nothing half taken down."""
+    if threading.current_thread() is not threading.main_thread():  # which gets the signals
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def sweep_folders() -> None:
@@ -132,7 +165,7 @@ def _start_ray(cluster: HostCluster, host_idx: int, num_cpus: int) -> None:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **cluster.environment},
+        env=cluster.full_environment(),
         timeout=_START_S,
         check=False,
     )
