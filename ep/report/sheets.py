@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ep.report.numbers import ReportNumbers
 from ep.report.plans import CURRENT, FIRST, PLANNED, PlacementNumbers
 from ep.report.survival import SurvivalNumbers
 from ep.report.units import MISSING, count, listing, micros, percent, plural, seconds, size, times
+from ep.sheet import Sheet
 
 EXCESS, EVENNESS = "(max-mean)/mean", "mean/max"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table as text. text_columns: how many columns from the left hold words; the others are figures. spare: columns
-    that a narrow terminal leaves out."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    text_columns: int = 1
-    spare: tuple[int, ...] = ()
 
 
 def phase_sheet(numbers: ReportNumbers) -> Sheet:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -105,8 +106,14 @@ def host_cluster(
 
     Raises ClusterError where a node does not start, OptionError for a link quality that loopback cannot have.
     """
-    sweep_folders()
-    qualities = qualities or {}
+    with _ends_on_sigterm():
+        sweep_folders()
+        with _hosts(num_hosts, cpus_per_host, qualities or {}) as cluster:
+            yield cluster
+
+
+@contextmanager
+def _hosts(num_hosts: int, cpus_per_host: int, qualities: Mapping[int, LinkQuality]) -> Iterator[HostCluster]:
     why = cannot_make_hosts()
     if why is not None and any(quality != LinkQuality() for quality in qualities.values()):
         raise OptionError(f"a link cannot be given {next(iter(qualities.values())).describe()}: {why}")
@@ -130,6 +137,23 @@ def host_cluster(
             if network is not None:
                 network.close()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is a Ctrl-C: what was made is taken down."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
