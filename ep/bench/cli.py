@@ -152,12 +152,14 @@ def bench_placement(**options: Any) -> None:
 def bench_nodes(**options: Any) -> None:
     """The same load on 1, 2 and 4 nodes: throughput, every link's round trips and bytes, and whether the tokens are the
     same. Exit code 1 where it could not be measured to the end."""
-    from ep.bench.nodes import NodesBenchOptions, run, show
+    from ep.bench.nodes import NodesBenchOptions, run
+    from ep.bench.nodes_report import describe
+    from ep.bench.result import publish
     from ep.terminal import Terminal
 
     terminal = Terminal()
     result = run(NodesBenchOptions(**options), terminal)
-    show(result, terminal.console)
+    publish("nodes", result, describe(result), terminal.console)
     sys.exit(0 if result.incomplete is None else 1)
 
 

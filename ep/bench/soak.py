@@ -44,6 +44,7 @@ class SoakOptions:
     seed: int = 0
     ready_s: float = 600.0
     output: str | None = None
+    page: str | None = None
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ ENVIRONMENT = {
 class HostCluster:
     """Hosts with a Ray node each, the head on the first.
 
-    addresses: by host. ray_address: HOST:PORT of the head. environment: for whatever connects. kind: "namespaces" or
-    "loopback"; why_loopback: what keeps this process from making namespaces, "" where nothing does.
+    addresses: by host. ray_address: HOST:PORT of the head. environment: for whatever connects. kind: "namespaces",
+    "loopback" or "joined"; why_loopback: what keeps this process from making namespaces, "" where nothing does.
     """
 
     addresses: tuple[str, ...]
@@ -90,12 +90,19 @@ class HostCluster:
 
     def describe(self) -> str:
         """What the hosts are, for people."""
+        if self.kind == "joined":
+            return f"the nodes of the Ray cluster at {self.ray_address}"
         if self.kind == "namespaces":
             return f"{len(self.addresses)} hosts: network namespaces of one machine"
         return f"{len(self.addresses)} hosts: Ray nodes on loopback addresses of one machine, as {self.why_loopback}"
 
     def _node_folder(self, host_idx: int) -> Path:
         return self.folder / str(host_idx)
+
+
+def joined_cluster(address: str) -> HostCluster:
+    """A Ray cluster that runs already; of its hosts only this one is used directly, by its loopback address."""
+    return HostCluster(("127.0.0.1",), address, {}, "joined", "", Path(), None)
 
 
 @contextmanager
