@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ep.cluster.coordinator import Coordinator, CoordinatorSetup
+from ep.cluster.gpus import KEEP_VISIBLE
 from ep.cluster.hosts import live_hosts
 from ep.cluster.rebalancer import RebalanceOptions
 from ep.cluster.router_actor import RouterActor, RouterSetup, end_routers
@@ -55,6 +56,7 @@ class LaunchOptions:
     num_hosts: int | None = None
     num_routers: int = 1
     router_threads: int = 1
+    on_gpu: bool = False
     router_gpus: float = 0.0
     router_environment: dict[str, str] = field(default_factory=dict)
     rebalance: RebalanceOptions = field(default_factory=RebalanceOptions)
@@ -174,6 +176,7 @@ class Launch:
             checkpoint=options.checkpoint,
             placement=options.placement.to_dict(),
             transport=options.transport,
+            on_gpu=options.on_gpu,
             dispatch_dtype=options.dispatch_dtype,
             deadline_s=options.deadline_s,
             start_timeout_s=options.start_timeout_s,
@@ -191,6 +194,7 @@ class Launch:
                 namespace=NAMESPACE,
                 num_cpus=0,
                 num_gpus=options.router_gpus,
+                runtime_env={"env_vars": KEEP_VISIBLE} if options.router_gpus else None,
                 max_concurrency=4,
                 scheduling_strategy=here,
             )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ep import __version__
+from ep.cluster.gpus import claim
 from ep.cluster.session import restore_priority
 from ep.cluster.step_queue import StepQueue
 from ep.errors import ClusterError, TraceError
@@ -37,6 +38,7 @@ FAILED = "failed: "
 class RouterSetup:
     """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
 
+    on_gpu: whether attention, and slots in this process, are computed by a GPU.
     model: its name. trace: path of the file that load is recorded in, None to record nothing.
     """
 
@@ -46,6 +48,7 @@ class RouterSetup:
     checkpoint: str
     placement: dict[str, Any]
     transport: str
+    on_gpu: bool
     dispatch_dtype: str
     deadline_s: float
     start_timeout_s: float
@@ -65,6 +68,7 @@ class RouterActor:
         os.environ.update(setup.environment)
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
         restore_priority()
+        claim(setup.rank)
         self._setup = setup
         self._data_plane: DataPlane | None = None
         self._worker: Any = None
@@ -75,9 +79,11 @@ class RouterActor:
 
     def init_method(self) -> str:
         """The rendezvous of torch.distributed among the routers of one model replica."""
-        from vllm.utils.network_utils import get_file_store_init_method
+        from vllm.utils import network_utils as network
 
-        return get_file_store_init_method()
+        if hasattr(network, "get_file_store_init_method"):
+            return str(network.get_file_store_init_method())
+        return str(network.get_distributed_init_method(network.get_loopback_ip(), network.get_open_port()))
 
     def connect(self, path: str) -> None:
         """Connect to the executor's rendezvous."""

@@ -23,6 +23,11 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--checkpoint", metavar="DIR", help="Hugging Face checkpoint to serve.")
 @click.option("--synthetic", is_flag=True, help="Serve the small stand-in with made-up weights.")
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    help="With --synthetic: so many layers of the published shapes; their weights are made where they are held.",
+)
 @click.option("--shards", type=click.IntRange(1), help="Shards that the experts are split over. [default: up to 2]")
 @click.option("--nodes", type=click.IntRange(1), help="Nodes of the cluster to spread them over. [default: all]")
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
@@ -178,12 +183,19 @@ def model() -> None:
     "--zipf", "zipf_exponent", type=click.FloatRange(0), help="Skew of expert popularity. [default: the preset's]"
 )
 @click.option("--bf16", is_flag=True, help="Dequantised, for engines without block FP8.")
-def synth(preset: str, folder: str, seed: int | None, zipf_exponent: float | None, bf16: bool) -> None:
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    help="So many layers of the published shapes, without weights: they are made where they are held.",
+)
+def synth(
+    preset: str, folder: str, seed: int | None, zipf_exponent: float | None, bf16: bool, layers: int | None
+) -> None:
     """Write the synthetic stand-in of PRESET into FOLDER."""
     from ep.synth import SynthOptions
     from ep.synth import synth as run
 
-    run(SynthOptions(preset, folder, seed, zipf_exponent, bf16))
+    run(SynthOptions(preset, folder, seed, zipf_exponent, bf16, layers))
 
 
 @model.command("list")
@@ -229,5 +241,5 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except EpError as error:
-        click.echo(f"ep: {error}", err=True)
+        print(f"ep: {error}", file=sys.stderr)  # click writes bytes, which vLLM's log prefix does not take
         sys.exit(error.exit_code)

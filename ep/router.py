@@ -112,6 +112,9 @@ class Router:
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self.set_placement(placement)
 
+    def open_slots(self) -> None:
+        """None here: every slot is a shard's."""
+
     def set_placement(self, placement: Placement, assigner: Assigner | None = None) -> None:
         """Between steps only. assigner: of this placement, where it was made beforehand.
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ep.cluster.router_actor import FAILED
+from ep.devices import serves_on_gpu
 from ep.errors import ClusterError, OptionError, PlacementError
 from ep.model import ModelSpec
 from ep.placement import Placement, even_split, with_spares
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 class ServeOptions:
     """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
 
+    layers: with synthetic, so many layers of the published shapes, their weights made on the devices that hold them.
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
     "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
     shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the restart of a lost shard
@@ -48,6 +50,7 @@ class ServeOptions:
     model: str
     checkpoint: str | None = None
     synthetic: bool = False
+    layers: int | None = None
     shards: int | None = None
     nodes: int | None = None
     address: str | None = None
@@ -79,7 +82,7 @@ def serve(options: ServeOptions) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
     check_trace(options.trace)
-    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal)
+    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)
     num_shards = options.shards if options.shards is not None else default_shards()
     if num_shards > target.spec.num_experts:
         raise PlacementError(
@@ -147,6 +150,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     check_memory(target.spec, placement, options, sessions.cluster_memory())
+    on_gpu = serves_on_gpu()
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
     launch = Launch(
@@ -164,6 +168,8 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
             num_hosts=options.nodes,
+            on_gpu=on_gpu,
+            router_gpus=1.0 if on_gpu else 0.0,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
             rebalance=RebalanceOptions(

@@ -31,6 +31,7 @@ def _results(command: Any) -> Any:
 @click.option("--url", help="Measure this running server instead of starting one.")
 @click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
 @click.option("--checkpoint", metavar="DIR")
+@click.option("--layers", type=click.IntRange(1), help="So many layers of the published shapes, with made-up weights.")
 @click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--output-len", type=click.IntRange(1), default=128, show_default=True)

@@ -26,6 +26,7 @@ from ep.bench.server import EP_COMMAND, Server, answers, free_port, served_model
 from ep.checkpoint import write_dequantized
 from ep.devices import count_gpus
 from ep.errors import OptionError
+from ep.plugin import NATIVE_LOAD_FORMAT
 from ep.terminal import Terminal, state_dir
 from ep.vllm_flags import KV_CACHE_BYTES
 
@@ -37,6 +38,7 @@ class ServeBenchOptions:
     """Options of `ep bench serve`.
 
     url: measure this running server instead of starting one on a Ray of its own; `checkpoint` then names its tokenizer.
+    layers: so many layers of the model's published shapes, with made weights, in place of the stand-in.
     against: "native" measures native vLLM on the same weights in the same run; None measures one server.
     ep_flags: further options of `ep serve`; vllm_flags go to vLLM in both servers.
     """
@@ -45,6 +47,7 @@ class ServeBenchOptions:
     url: str | None = None
     against: str | None = None
     checkpoint: str | None = None
+    layers: int | None = None
     concurrency: int = 16
     input_len: int = 32
     output_len: int = 128
@@ -154,7 +157,7 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
     """The servers, each answering before the next is started, ended with the stack where they are ours."""
     from ep.target import resolve_target
 
-    target = resolve_target(options.model, options.checkpoint, options.checkpoint is None, terminal)
+    target = resolve_target(options.model, options.checkpoint, options.checkpoint is None, terminal, options.layers)
     weights = str(target.checkpoint)
 
     def start(name: str, command: Sequence[str], flags: Sequence[str]) -> _Target:
@@ -178,7 +181,7 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
         command += options.ep_flags
         targets = [start("ep", command, ["--", *options.vllm_flags])]
     if options.against == "native":
-        command = [*_NATIVE, "--model", _native_weights(target.checkpoint, terminal)]
+        command = [*_NATIVE, *(_made_weights(weights) if target.made else _native_weights(target.checkpoint, terminal))]
         command += ["--served-model-name", target.name]
         if not count_gpus() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
@@ -186,18 +189,24 @@ def _targets(options: ServeBenchOptions, terminal: Terminal, logs: Path, stack: 
     return targets
 
 
-def _native_weights(checkpoint: Path, terminal: Terminal) -> str:
+def _made_weights(checkpoint: str) -> list[str]:
+    """Flags by which native vLLM makes the same weights as ep; on CPU in bf16, as it has no block FP8 there."""
+    flags = ["--model", checkpoint, "--load-format", NATIVE_LOAD_FORMAT]
+    return flags if count_gpus() else [*flags, "--hf-overrides", json.dumps({"quantization_config": None})]
+
+
+def _native_weights(checkpoint: Path, terminal: Terminal) -> list[str]:
     """What native vLLM can load. It has no block FP8 on CPU: there the same weights in bf16, written beside these."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if count_gpus() or "quantization_config" not in config:
-        return str(checkpoint)
+        return ["--model", str(checkpoint)]
     path = checkpoint.with_name(f"{checkpoint.name}-bf16")
     if not path.is_dir():
         partial = path.with_name(f".{path.name}-{os.getpid()}")
         with terminal.console.status(f"writing {path}"):
             write_dequantized(checkpoint, partial)
         partial.rename(path)
-    return str(path)
+    return ["--model", str(path)]
 
 
 def _measure(options: ServeBenchOptions, targets: list[_Target], terminal: Terminal, logs: Path) -> list[Round]:

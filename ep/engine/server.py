@@ -8,12 +8,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvloop
-from vllm.exceptions import GenerationError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ep.engine.swap import swapped
 from ep.errors import OptionError
+
+try:
+    from vllm.exceptions import GenerationError
+except ImportError:  # before vLLM 0.32
+    from vllm.entrypoints.openai.engine.protocol import GenerationError
 
 try:
     from vllm.entrypoints.launchers.api_server import entry
