@@ -178,10 +178,12 @@ def bench_nodes(**options: Any) -> None:
 @_results
 def bench_soak(**options: Any) -> None:
     """Memory of every process over a long run on several hosts; exit code 1 where it grows or a request fails."""
-    from ep.bench.soak import SoakOptions, run, show
+    from ep.bench.result import publish
+    from ep.bench.soak import SoakOptions, run
+    from ep.bench.soak_report import describe
     from ep.terminal import Terminal
 
     terminal = Terminal()
     result = run(SoakOptions(**options), terminal)
-    show(result, terminal.console)
+    publish("soak", result, describe(result), terminal.console)
     sys.exit(0 if result.is_flat else 1)

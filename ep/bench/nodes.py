@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openai import OpenAI
-
 from ep.bench.client import Load, Served, run_client
 from ep.bench.conditions import Conditions, conditions
+from ep.bench.greedy import greedy_tokens
 from ep.bench.hosts.cluster import HostCluster, host_cluster, joined_cluster
 from ep.bench.hosts.link_quality import LinkQuality
+from ep.bench.hosts.loss import HostLoss, lose_later
 from ep.bench.hosts.serving import Spread, lost_hosts, start_server
 from ep.bench.links import LinkFigures, TrafficFigures, traffic
-from ep.bench.server import Server
-from ep.bench.streams import StreamLoad
 from ep.errors import EpError, OptionError
+from ep.report.units import plural
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal, state_dir
 from ep.trace import read_trace
 
-NUM_PROMPTS, PROMPT_LEN, ANSWER_LEN = 8, 24, 32
-"""Of the requests whose tokens are compared."""
 _TRACE_WINDOW_S = 1.0
-_REQUEST_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +93,8 @@ class NodesPoint:
 
 @dataclass(frozen=True)
 class NodesBench:
-    """hosts: what they are. slow_host: the address whose link is slowed, and how, None for none. incomplete: why not
-    everything was measured, None where it was."""
+    """hosts: what they are. slow_host: the address whose link is slowed, and how, None for none. loss: of a host, where
+    one was cut off. incomplete: why not everything was measured, None where it was."""
 
     conditions: Conditions
     options: NodesBenchOptions
@@ -108,6 +103,7 @@ class NodesBench:
     slow_host: tuple[str, str] | None
     logs: str
     points: tuple[NodesPoint, ...]
+    loss: HostLoss | None
     incomplete: str | None
 
 
@@ -120,6 +116,7 @@ class _Run:
     tokens: list[list[int]] = field(default_factory=list)
     rounds: list[Served] = field(default_factory=list)
     measured_from: float = 0.0
+    loss: HostLoss | None = None
     incomplete: str | None = None
 
 
@@ -135,6 +132,7 @@ def run(options: NodesBenchOptions, terminal: Terminal) -> NodesBench:
     slowed = options.slowed
     points: list[NodesPoint] = []
     tokens: list[list[int]] = []
+    loss: HostLoss | None = None
     with ExitStack() as stack:
         if options.address is not None:
             cluster = joined_cluster(options.address)
@@ -147,11 +145,12 @@ def run(options: NodesBenchOptions, terminal: Terminal) -> NodesBench:
             terminal.progress("measuring", total=len(options.nodes) * (options.rounds + 2))
         )
         for num_nodes in options.nodes:
-            bar.update(task, description=f"{num_nodes} node{'s' * (num_nodes > 1)}")
+            bar.update(task, description=plural(num_nodes, "node"))
             done = _measure(options, target, cluster, num_nodes, logs, lambda: bar.advance(task))
             tokens = tokens or done.tokens
             points.append(_point(options, done, points, tokens, logs))
             terminal.say(_sentence(points[-1]))
+            loss = done.loss
             if done.incomplete is not None:
                 break
     return NodesBench(
@@ -162,6 +161,7 @@ def run(options: NodesBenchOptions, terminal: Terminal) -> NodesBench:
         slow_host=None if slowed is None else (cluster.addresses[slowed], options.quality.describe()),
         logs=str(logs),
         points=tuple(points),
+        loss=loss,
         incomplete=points[-1].incomplete,
     )
 
@@ -202,8 +202,10 @@ def _measure(
         for round_idx in range(-1, options.rounds):
             if round_idx == 0:
                 done.measured_from = time.time()
-            if round_idx == options.rounds - 1 and num_nodes == options.nodes[-1]:
-                _lose_host_later(options, server, cluster, num_nodes - 1)
+            is_last = (num_nodes, round_idx) == (options.nodes[-1], options.rounds - 1)
+            after_s, losing = options.lose_host_after_s, None
+            if after_s is not None and is_last:
+                losing = lose_later(cluster, num_nodes - 1, server, _warm_up_tokens(options), after_s)
             name = f"{num_nodes}-{round_idx if round_idx >= 0 else 'warm-up'}"
             load = _load(options, round_idx)
             served = run_client(
@@ -212,6 +214,8 @@ def _measure(
             advance()
             if round_idx >= 0:
                 done.rounds.append(served)
+            if losing is not None:
+                done.loss = losing.result()
             done.incomplete = _trouble(cluster, served)
             if done.incomplete is not None:
                 break
@@ -225,44 +229,15 @@ def _measure(
     return done
 
 
-def greedy_tokens(url: str, model: str, seed: int) -> list[list[int]]:
-    """Token ids of the answers to the fixed prompts, one request at a time. Raises EpError."""
-    prompts = StreamLoad(NUM_PROMPTS, 1, PROMPT_LEN, ANSWER_LEN, seed).prompts()
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=_REQUEST_S)
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    found = []
-    with client:
-        for prompt in prompts:
-            try:
-                answer = client.completions.create(
-                    model=model, prompt=prompt, max_tokens=ANSWER_LEN, temperature=0, extra_body=extra
-                )
-            except Exception as error:  # of the client's many kinds
-                raise EpError(f"{url}: {error}") from error
-            found.append(list((answer.choices[0].model_extra or {})["token_ids"]))
-    return found
-
-
 def _load(options: NodesBenchOptions, round_idx: int) -> Load:
     """Every round has prompts of its own, the same for every number of nodes."""
     seed = options.seed + round_idx + 1
     return Load(options.concurrency, options.input_len, options.output_len, options.num_prompts, seed)
 
 
-def _lose_host_later(options: NodesBenchOptions, server: Server, cluster: HostCluster, host_idx: int) -> None:
-    """Counts from the first token of what is asked from now on."""
-    after_s = options.lose_host_after_s
-    if after_s is None:
-        return
-    before = server.generated_tokens()
-
-    def wait() -> None:
-        while server.generated_tokens() == before:
-            time.sleep(0.1)
-        time.sleep(after_s)
-        cluster.lose(host_idx)
-
-    threading.Thread(target=wait, daemon=True, name="lose-host").start()
+def _warm_up_tokens(options: NodesBenchOptions) -> int:
+    """That the client has made before it measures: its first trial, and `concurrency` requests."""
+    return (1 + options.concurrency) * options.output_len
 
 
 def _trouble(cluster: HostCluster, served: Served) -> str | None:
@@ -308,5 +283,5 @@ def _point(
 
 
 def _sentence(point: NodesPoint) -> str:
-    told = f"{point.num_nodes} nodes: {point.output_tokens_per_s:.0f} tokens/s"
+    told = f"{plural(point.num_nodes, 'node')}: {point.output_tokens_per_s:.0f} tokens/s"
     return told if point.incomplete is None else f"{told}, [red]incomplete[/red]: {point.incomplete}"

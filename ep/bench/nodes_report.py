@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ep.bench.nodes import ANSWER_LEN, NUM_PROMPTS, NodesBench, NodesPoint
+from ep.bench.greedy import ANSWER_LEN, NUM_PROMPTS
+from ep.bench.nodes import NodesBench, NodesPoint
 from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
 from ep.report.units import plural
@@ -17,6 +18,11 @@ def describe(result: NodesBench) -> Report:
     summary = f"{result.hosts}; {each} on each, {options.concurrency} requests at a time."
     if result.slow_host is not None:
         summary += f" The link of {result.slow_host[0]} has {result.slow_host[1]}, each way."
+    if result.loss is not None:
+        summary += (
+            f" Host {result.loss.host} was cut off under load; `ep status` named it {result.loss.named_s:g} s later. "
+            f"A request was told: {result.loss.error or 'nothing, it was answered'}."
+        )
     if result.incomplete is not None:
         summary = f"**Incomplete**: {result.incomplete}.\n\n{summary}"
     return Report("The same load on several nodes", _sheets(result), _figures(result), summary, _notes(result))
@@ -36,10 +42,12 @@ def _sheets(result: NodesBench) -> tuple[Sheet, ...]:
         f"nodes. Tokens differ: of {NUM_PROMPTS} fixed prompts, alone and greedy, those whose {ANSWER_LEN} tokens are "
         "not the first row's."
     )
+    if result.loss is not None:
+        note = f"`ep status` named the lost host after {result.loss.named_s:g} s. {note}"
     if result.incomplete is not None:
         note = f"INCOMPLETE: {result.incomplete}. {note}"
     rows = tuple(_row(point) for point in result.points)
-    return (Sheet(title, columns, rows, note, text_columns=0, spare=(3, 8)), _link_sheet(result))
+    return (Sheet(title, columns, rows, note, text_columns=0, spare=(3, 6, 8)), _link_sheet(result))
 
 
 def _row(point: NodesPoint) -> tuple[str, ...]:

@@ -11,14 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from openai import AsyncOpenAI
-from rich.console import Console
-from rich.table import Table
 
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.hosts.cluster import host_cluster
 from ep.bench.hosts.serving import Spread, start_server
 from ep.bench.memory import Growth, MemorySampler, ProcessMemory, growths
-from ep.bench.result import print_json
 from ep.target import resolve_target
 from ep.terminal import Terminal, state_dir
 
@@ -125,27 +122,6 @@ def run(options: SoakOptions, terminal: Terminal) -> SoakBench:
         growths=tuple(grown),
         is_flat=not counts.failed and all(one.growth <= MAX_GROWTH for one in grown),
     )
-
-
-def show(result: SoakBench, console: Console) -> None:
-    """The table, then one line of JSON last; the JSON also goes into options.output."""
-    options = result.options
-    table = Table(
-        title=f"{options.minutes:g} minutes at {options.concurrency} concurrent on {options.nodes} nodes: memory after "
-        f"{options.warm_up_minutes:g} minutes and at the end",
-        caption=f"{result.num_requests} requests, {result.num_failed} failed, "
-        f"{result.output_tokens_per_s:.0f} output tokens/s; {result.hosts}",
-    )
-    for name in ("process", "pid", "before, MiB", "after, MiB", "growth"):
-        table.add_column(name, justify="left" if name == "process" else "right")
-    for one in result.growths:
-        style = "red" if one.growth > MAX_GROWTH else None
-        row = (one.name, str(one.pid), f"{one.before_mib:.1f}", f"{one.after_mib:.1f}", f"{one.growth:+.1%}")
-        table.add_row(*row, style=style)
-    console.print(table)
-    for error in result.errors:
-        console.print(f"[red]failed:[/red] {error}")
-    print_json("soak", result, options.output)
 
 
 async def _load(
