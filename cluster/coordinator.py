@@ -249,6 +249,7 @@ class Coordinator:
             "num_gpus": setup.num_gpus,
             "max_restarts": 0,
             "max_concurrency": 4,
+            "enable_task_events": False,
             "scheduling_strategy": strategy,
         }
         with self._changed:

@@ -99,6 +99,7 @@ class Launch:
                 namespace=NAMESPACE,
                 num_cpus=0,
                 max_concurrency=64,
+                enable_task_events=False,  # of control calls that never end: the head would keep 100,000 of them
                 scheduling_strategy=here,
             )
             .remote(
@@ -196,6 +197,7 @@ class Launch:
                 num_gpus=options.router_gpus,
                 runtime_env={"env_vars": KEEP_VISIBLE} if options.router_gpus else None,
                 max_concurrency=4,
+                enable_task_events=False,
                 scheduling_strategy=here,
             )
             .remote(setup)

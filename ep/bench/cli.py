@@ -170,7 +170,7 @@ def bench_nodes(**options: Any) -> None:
 @click.option("--nodes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--shards-per-node", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0.1), default=30.0, show_default=True)
-@click.option("--warm-up-minutes", type=click.FloatRange(0), default=5.0, show_default=True, help="Not judged.")
+@click.option("--warm-up-minutes", type=click.FloatRange(0), default=10.0, show_default=True, help="Not judged.")
 @click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--input-len", type=click.IntRange(1), default=96, show_default=True, help="At most.")
 @click.option("--output-len", type=click.IntRange(1), default=192, show_default=True, help="At most.")

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from openai import AsyncOpenAI
+from httpx import Limits
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.hosts.cluster import host_cluster
@@ -21,6 +22,7 @@ from ep.terminal import Terminal, state_dir
 
 MAX_GROWTH = 0.02
 _MAX_ERRORS = 20
+_IDLE_S, _REQUEST_S = 1.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class SoakOptions:
     nodes: int = 2
     shards_per_node: int = 2
     minutes: float = 30.0
-    warm_up_minutes: float = 5.0
+    warm_up_minutes: float = 10.0
     concurrency: int = 16
     input_len: int = 96
     output_len: int = 192
@@ -128,7 +130,10 @@ async def _load(
     options: SoakOptions, url: str, model: str, counts: _Counts, until: float, progress: Callable[[], None]
 ) -> None:
     """Requests until then; those under way are awaited."""
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+    # vLLM's server closes connections that are idle for 5 s; the client must not use one at that very moment.
+    http = DefaultAsyncHttpxClient(limits=Limits(keepalive_expiry=_IDLE_S), timeout=_REQUEST_S)
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
+    start = time.monotonic()
 
     async def ask(pick: random.Random) -> None:
         prompt = [pick.randrange(16, 256) for _ in range(pick.randint(1, options.input_len))]
@@ -146,7 +151,8 @@ async def _load(
             except Exception as error:  # whatever it was, the request failed, and that is what is counted
                 counts.failed += 1
                 if len(counts.errors) < _MAX_ERRORS:
-                    counts.errors.append(f"{type(error).__name__}: {error}")
+                    at = f"{time.monotonic() - start:.0f} s, worker {worker}"
+                    counts.errors.append(f"{at}: {type(error).__name__}: {error} ({error.__cause__!r})")
                 await asyncio.sleep(1.0)
             counts.requests += 1
             progress()

@@ -103,6 +103,7 @@ LAYERS = (
                 "torch",
                 "numpy",
                 "click",
+                "httpx",
                 "matplotlib",
                 "openai",
                 "plotly",
