@@ -30,6 +30,7 @@ def cli() -> None:
     help="With --synthetic: so many layers of the published shapes; their weights are made where they are held.",
 )
 @click.option("--shards", type=click.IntRange(1), help="Shards that the experts are split over. [default: up to 2]")
+@click.option("--nodes", type=click.IntRange(1), help="Nodes of the cluster to spread them over. [default: all]")
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)

@@ -112,6 +112,7 @@ class Router:
         self._on_shard_lost = on_shard_lost
         self._seq = 0
         self._call: _Call | None = None
+        self._gone: dict[int, ShardLostError | DeadlineError] = {}
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self.set_placement(placement)
 
@@ -209,11 +210,15 @@ class Router:
         self._seq += 1
         for shard_idx, work in enumerate(works):
             if len(work.counts):
-                sent = call.sent[shard_idx] = _Sent(work, time.perf_counter())
+                sent = call.sent[shard_idx] = _Sent(work, time.perf_counter(), self._gone.get(shard_idx))
+                if sent.error is not None:
+                    continue
                 try:
                     self._send(call, shard_idx, work)
                 except (ShardLostError, DeadlineError) as error:
                     sent.error = error
+                    if self._on_shard_lost is not None:  # it knows better than another attempt to connect would tell
+                        self._gone[shard_idx] = error
 
     def combine(self, layer_pos: int) -> torch.Tensor:
         """The routed sum [T, H] of the rows last dispatched, in their dtype: partials summed in float32, rounded once.
@@ -289,6 +294,7 @@ class Router:
             sent.losses += 1
             if self._on_shard_lost is None or sent.losses > MAX_RECOVERIES:
                 raise error
+            self._gone[shard_idx] = error
             endpoint = self._on_shard_lost(shard_idx, error)
             try:
                 self._transport.replace(shard_idx, endpoint)
@@ -296,6 +302,7 @@ class Router:
             except (ShardLostError, DeadlineError) as again:
                 error = again
                 continue
+            del self._gone[shard_idx]
             self.recoveries.append(Recovery(shard_idx, call.layer_pos, time.monotonic() - start, reason))
             return
 

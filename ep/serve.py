@@ -36,9 +36,10 @@ class ServeOptions:
 
     layers: with synthetic, so many layers of the published shapes, their weights made on the devices that hold them.
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
-    "local" always starts one. shard_cpus, shard_threads and shard_gpus are per shard, router_gpus per router; GPUs are
-    asked for where vLLM computes on them; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
+    "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
+    shard_cpus, shard_threads and shard_gpus are per shard, router_gpus per router; GPUs are asked for where vLLM
+    computes on them. deadline_s bounds a layer's round trip, the restart of a lost shard included. expert_dtype: auto
+    keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
     them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
     routers: engines with attention and KV cache of their own behind the one server; each is as many router actors as
     vLLM's --tensor-parallel-size says. spare_slots: empty slots per shard and layer that a rebalance moves into, by
@@ -52,6 +53,7 @@ class ServeOptions:
     synthetic: bool = False
     layers: int | None = None
     shards: int | None = None
+    nodes: int | None = None
     address: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -92,6 +94,8 @@ def serve(options: ServeOptions) -> None:
             f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
             f"expected 1 to {target.spec.num_experts} shards"
         )
+    if options.nodes is not None and options.nodes > num_shards:
+        raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
     placement = first_placement(target.spec, num_shards, options)
     if options.transport == "local" and num_routers > 1:
         raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, expected socket")
@@ -171,6 +175,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             wait_s=options.wait_s,
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
+            num_hosts=options.nodes,
             on_gpu=on_gpu,
             shard_gpus=options.shard_gpus if on_gpu else 0.0,
             router_gpus=options.router_gpus if on_gpu else 0.0,

@@ -173,3 +173,70 @@ def bench_compare(**options: Any) -> None:
     from ep.bench.compare import run
 
     sys.exit(run(**options, console=Console(highlight=False)))
+
+
+@bench.command("nodes")
+@_MODEL
+@click.option("--checkpoint", metavar="DIR")
+@click.option("--nodes", type=Listing(int), default=(1, 2, 4), help="Numbers of nodes. [default: 1,2,4]")
+@click.option("--shards-per-node", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--address", metavar="HOST:PORT|auto", help="A running Ray cluster. [default: hosts are made on this machine]"
+)
+@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--output-len", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--num-prompts", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--slow-host", type=click.IntRange(0), metavar="N", help="Whose link is slowed. [default: the last]")
+@click.option("--delay-ms", type=click.FloatRange(0), default=0.0, show_default=True, help="Of that link, one way.")
+@click.option(
+    "--loss", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, help="Share of its packets."
+)
+@click.option("--rate-mbit", type=click.FloatRange(0, min_open=True), help="Of that link. [default: no limit]")
+@click.option(
+    "--lose-host-after",
+    "lose_host_after_s",
+    type=click.FloatRange(0),
+    metavar="S",
+    help="Cut the last host off so many seconds into the last measurement.",
+)
+@_SEED
+@_results
+def bench_nodes(**options: Any) -> None:
+    """The same load on 1, 2 and 4 nodes: throughput, every link's round trips and bytes, and whether the tokens are the
+    same. Exit code 1 where it could not be measured to the end."""
+    from ep.bench.nodes import NodesBenchOptions, run
+    from ep.bench.nodes_report import describe
+    from ep.bench.result import publish
+    from ep.terminal import Terminal
+
+    terminal = Terminal()
+    result = run(NodesBenchOptions(**options), terminal)
+    publish("nodes", result, describe(result), terminal.console)
+    sys.exit(0 if result.incomplete is None else 1)
+
+
+@bench.command("soak")
+@_MODEL
+@click.option("--checkpoint", metavar="DIR")
+@click.option("--nodes", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--shards-per-node", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--minutes", type=click.FloatRange(0.1), default=30.0, show_default=True)
+@click.option("--warm-up-minutes", type=click.FloatRange(0), default=10.0, show_default=True, help="Not judged.")
+@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--input-len", type=click.IntRange(1), default=96, show_default=True, help="At most.")
+@click.option("--output-len", type=click.IntRange(1), default=192, show_default=True, help="At most.")
+@_SEED
+@_results
+def bench_soak(**options: Any) -> None:
+    """Memory of every process over a long run on several hosts; exit code 1 where it grows or a request fails."""
+    from ep.bench.result import publish
+    from ep.bench.soak import SoakOptions, run
+    from ep.bench.soak_report import describe
+    from ep.terminal import Terminal
+
+    terminal = Terminal()
+    result = run(SoakOptions(**options), terminal)
+    publish("soak", result, describe(result), terminal.console)
+    sys.exit(0 if result.is_flat else 1)

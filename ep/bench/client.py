@@ -48,7 +48,7 @@ class Served:
 
     output_tokens_per_s: all output tokens by the whole duration, prefill included; total_tokens_per_s: the prompts'
     too. ttft: from request to first token. tpot: a request's time per token after the first. itl: between two tokens of
-    a request.
+    a request. num_failed: requests without an answer, which the other figures leave out.
     """
 
     duration_s: float
@@ -58,13 +58,16 @@ class Served:
     ttft_ms: Percentiles
     tpot_ms: Percentiles
     itl_ms: Percentiles
+    num_failed: int = 0
 
 
-def run_client(load: Load, url: str, model: str, tokenizer: str, logs: Path, name: str) -> Served:
+def run_client(
+    load: Load, url: str, model: str, tokenizer: str, logs: Path, name: str, may_fail: bool = False
+) -> Served:
     """Runs the client in a process of its own; its log and its raw result go to logs/client-NAME.{log,json}.
 
     A server that asks for a key gets the one of EP_API_KEY. Raises EpError, with the log's path, when the client fails
-    or a request does.
+    or, unless may_fail, a request does.
     """
     log, result = logs / f"client-{name}.log", logs / f"client-{name}.json"
     command = client_command(load, url, model, tokenizer, result)
@@ -75,7 +78,7 @@ def run_client(load: Load, url: str, model: str, tokenizer: str, logs: Path, nam
     if done.returncode != 0 or not result.is_file():
         raise EpError(f"{log}: vLLM's benchmark client ended with exit code {done.returncode}")
     raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if raw["completed"] != load.num_prompts:
+    if raw["completed"] != load.num_prompts and not may_fail:
         raise EpError(f"{log}: {url} answered {raw['completed']} of {load.num_prompts} requests")
     return read_result(raw)
 
@@ -122,6 +125,7 @@ def read_result(raw: dict[str, Any]) -> Served:
         ttft,
         tpot,
         itl,
+        raw["num_prompts"] - raw["completed"],
     )
 
 

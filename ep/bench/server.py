@@ -65,9 +65,9 @@ class Server:
     def cpu_seconds(self) -> dict[str, float]:
         """User and system seconds so far, by kind of process. Actors of a cluster that it joined are not among them."""
         seconds: dict[str, float] = {}
-        for process in self._tree():
+        for process in self.processes():
             try:
-                times, label = process.cpu_times(), self._label(process)
+                times, label = process.cpu_times(), self.label(process)
             except psutil.Error:
                 continue
             seconds[label] = seconds.get(label, 0.0) + times.user + times.system
@@ -79,7 +79,7 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL for what is left after 30 s. Returns when all of its processes are gone."""
-        self._tree()
+        self.processes()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(self._seen.values(), timeout=_STOP_SECONDS)
@@ -90,7 +90,8 @@ class Server:
                 continue
         psutil.wait_procs(alive, timeout=5.0)
 
-    def _tree(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """This one and all that it started, now."""
         try:
             children = self._process.children(recursive=True)
         except psutil.NoSuchProcess:
@@ -98,12 +99,14 @@ class Server:
         self._seen.update((child.pid, child) for child in children)
         return [self._process, *children]
 
-    def _label(self, process: psutil.Process) -> str:
+    def label(self, process: psutil.Process) -> str:
+        """What kind of process it is, in a word."""
         if process.pid == self._process.pid:
             return "API server"
         title = (process.cmdline() or [process.name()])[0]
         if not title.startswith(("VLLM::", "ray::")):
-            return process.name()
+            scripts = [Path(word).stem for word in process.cmdline() if word.endswith(".py")]
+            return scripts[0] if scripts else process.name()
         return re.split(r"[.\s\d]", title.split("::", 1)[1])[0]
 
     def _last_line(self) -> str:

@@ -220,6 +220,7 @@ def headline(numbers: ReportNumbers) -> tuple[tuple[str, str, str], ...]:
     by_name = {placement.name: placement for placement in numbers.plans.placements}
     busiest = max(numbers.shards, key=lambda shard: shard.load)
     return (
+        *_slowest_link(numbers),
         (
             "hottest expert",
             f"layer {hot.layer}, expert {hot.expert}",
@@ -246,6 +247,16 @@ def headline(numbers: ReportNumbers) -> tuple[tuple[str, str, str], ...]:
             f"bound {percent(numbers.plans.bounds.excess)}; {size(by_name[PLANNED].moved_bytes)} to move",
         ),
     )
+
+
+def _slowest_link(numbers: ReportNumbers) -> tuple[tuple[str, str, str], ...]:
+    """Beside the fastest; nothing where there are no two to compare."""
+    timed = [(shard.round_trip_us_p50, shard) for shard in numbers.shards if shard.round_trip_us_p50 is not None]
+    if len(timed) < 2:
+        return ()
+    (fast, fastest), (slow, slowest) = (pick(timed, key=lambda one: one[0]) for pick in (min, max))
+    beside = f"{times(slow / fast)} shard {fastest.shard}'s on {fastest.node}"
+    return (("slowest link", f"shard {slowest.shard} on {slowest.node}", f"round trip p50 {micros(slow)}, {beside}"),)
 
 
 def describe(numbers: ReportNumbers) -> str:

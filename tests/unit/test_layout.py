@@ -109,6 +109,7 @@ LAYERS = (
                 "torch",
                 "numpy",
                 "click",
+                "httpx",
                 "matplotlib",
                 "openai",
                 "plotly",
