@@ -16,7 +16,7 @@ from ep.presets import Preset
 from ep.synthetic import cached, write_configs
 
 _TRANSFORMERS = "4.33.1"
-"""As in DeepSeek-V3's config.json: without one transformers warns that a large vocabulary may be a faulty Mistral's."""
+"""As in DeepSeek-V3's config.json. Without a version transformers takes a large vocabulary for a faulty Mistral one."""
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it when a folder of the same parameters holds other files."""

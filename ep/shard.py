@@ -127,8 +127,8 @@ class Shard:
         coming: Placement | None = None,
         fp8: bool | None = None,
     ) -> Shard:
-        """Reads this shard's experts, a layer at a time, for a GPU an expert at a time; dtype is for those that are not
-        kept FP8, fp8 says whether an FP8 checkpoint's are (`keeps_quantized`).
+        """Reads this shard's experts, one layer after the other, for a GPU one expert after the other; dtype is for
+        those that are not kept FP8, fp8 says whether an FP8 checkpoint's are (`keeps_quantized`).
 
         coming: a placement that routers may go over to at any time: its experts are held, and it is admitted, too.
         Raises CheckpointError and what the class raises.

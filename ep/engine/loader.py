@@ -14,8 +14,10 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ep.checkpoint import Checkpoint
+from ep.engine.ops import bound_router
 
 _EXPERTS = (".mlp.experts.", ".block_sparse_moe.experts.")
 _SCALE = "_scale_inv"
@@ -44,6 +46,11 @@ class NativeLoader(BaseModelLoader):
 class RouterLoader(NativeLoader):
     """Loads attention, dense, shared-expert, gate and embedding weights."""
 
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        super().load_weights(model, model_config)
+        with set_default_torch_dtype(torch.float32):
+            bound_router().open_slots()
+
     def _holds(self, name: str) -> bool:
         return not any(part in name for part in _EXPERTS)
 
@@ -61,7 +68,9 @@ def _weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every weight that is named."""
     for name in names:
-        if not dequantize:
-            yield name, checkpoint.read_tensor(name, device)
-        elif not name.endswith(_SCALE):
-            yield name, checkpoint.read_dequantized(name, device)
+        if dequantize and name.endswith(_SCALE):
+            continue
+        with set_default_torch_dtype(torch.float32):  # vLLM loads with the model's
+            read = checkpoint.read_dequantized if dequantize else checkpoint.read_tensor
+            tensor = read(name, device)
+        yield name, tensor

@@ -27,7 +27,7 @@ def sources() -> set[str]:
     for folder in PACKAGED:
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT)
-            if path.suffix not in (".py", ".toml", ".json", ".css", ".js") or "__pycache__" in relative.parts:
+            if path.suffix not in (".py", ".toml", ".json", ".css", ".js", ".yaml", ".sbatch") or "__pycache__" in relative.parts:
                 continue
             names.add(str(relative if folder == "ep" else Path("ep") / relative))
     return names
