@@ -66,11 +66,13 @@ def unreachable(ports: Collection[tuple[str, int]], timeout_s: float) -> dict[tu
 
 @dataclass
 class _Watched:
-    """misses: probes in a row without an answer. since: when the last answer came. lost: why, "" while it is not."""
+    """misses: probes in a row without an answer. since: when the last answer came. lost: why, "" while it is not;
+    lost_at: when it was called so."""
 
     since: float
     misses: int = 0
     lost: str = ""
+    lost_at: float = 0.0
 
 
 class HostWatch:
@@ -94,13 +96,14 @@ class HostWatch:
         return host.lost if host is not None else ""
 
     def status(self) -> list[dict[str, Any]]:
-        """For `ep status`. silent_s: since when a lost host has not answered."""
+        """For `ep status`. silent_s: since when a lost host has not answered; lost_after_s: when that was seen."""
         return [
             {
                 "address": address,
                 "state": "lost" if host.lost else "up",
                 "why": host.lost,
                 "silent_s": round(time.time() - host.since, 1) if host.lost else 0.0,
+                "lost_after_s": round(host.lost_at - host.since, 1) if host.lost else 0.0,
             }
             for address, host in self._hosts.items()
         ]
@@ -123,7 +126,7 @@ class HostWatch:
                 continue
             host.misses += 1
             if not host.lost and (port is None or host.misses >= MAX_MISSES):
-                host.lost = why
+                host.lost, host.lost_at = why, time.time()
                 log.warning("host %s is lost: %s", address, why)
                 self._on_lost(address)
 
