@@ -37,7 +37,8 @@ class LaunchOptions:
     """shard_cpus, shard_gpus: what each shard takes of its node. num_hosts: that the shards are spread over, None for
     all that have room. wait_s: how long to wait for these resources.
 
-    trace: path on the routers' node that load is recorded in, None to record nothing.
+    num_routers: router actors, the tensor-parallel ranks of every engine. trace: path on the routers' node that load is
+    recorded in, None to record nothing.
     """
 
     instance: str
@@ -129,15 +130,15 @@ class Launch:
             return {"shards": [], "routers": {}}
 
     def metrics(self) -> dict[str, Any]:
-        """What ep/metrics.py shows: the coordinator's status and the metrics of every router that answers.
+        """What ep/metrics.py shows: the coordinator's status and all routers' metrics, or none: a sum that lacks a
+        router would look like counters that go back.
 
-        Raises RayError where the coordinator does not.
+        Raises RayError where the coordinator does not answer.
         """
         calls = [router.metrics.remote() for router in self._routers]
-        routers = []
-        for call in calls:
-            with suppress(ray.exceptions.RayError):
-                routers.append(ray.get(call, timeout=_METRICS_S))
+        routers: list[dict[str, Any]] = []
+        with suppress(ray.exceptions.RayError):
+            routers = ray.get(calls, timeout=_METRICS_S)
         return {"coordinator": ray.get(self._coordinator.status.remote(), timeout=_METRICS_S), "routers": routers}
 
     def set_phase(self, phase: str) -> None:

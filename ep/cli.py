@@ -10,7 +10,8 @@ import click
 from ep import __version__
 from ep.bench.cli import bench
 from ep.errors import EpError
-from ep.options import FlagsForVllm, given
+from ep.explain.cli import explain
+from ep.options import TRANSPORTS, FlagsForVllm, given
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,7 +36,7 @@ def cli() -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option(
     "--transport",
-    type=click.Choice(["socket", "local"]),
+    type=click.Choice(TRANSPORTS),
     default="socket",
     show_default=True,
     help="socket: shards in actors of their own. local: all slots in the router's process.",
@@ -69,6 +70,27 @@ def cli() -> None:
     "--shard-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs each shard reserves."
 )
 @click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--shard-gpus",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="GPUs each shard reserves where vLLM computes on GPUs; below 1 several actors share one, and its time.",
+)
+@click.option(
+    "--router-gpus",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="The same for each router.",
+)
+@click.option(
+    "--routers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Engines behind the server, each with attention and KV cache of its own, on the same shards.",
+)
 @click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
     "--redundant", type=click.IntRange(0), default=0, show_default=True, help="Replicas of experts in each layer."
@@ -102,6 +124,7 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+cli.add_command(explain)
 _ADDRESS = click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
 
 

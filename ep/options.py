@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+TRANSPORTS = ("socket", "local")
+
 
 class FlagsForVllm(click.Command):
     """A command whose parameter `vllm_flags` is all that follows `--`, whichever arguments stand before it."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
 import click
 
-from ep.options import FlagsForVllm, Listing, given
+from ep.options import TRANSPORTS, FlagsForVllm, Listing, given
 
 
 @click.group()
 def bench() -> None:
     """Measurements, each beside a baseline of the same run: a table, then one line of JSON."""
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does: the servers that were started end first
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 _MODEL = click.argument("model", default="deepseek-v3")
@@ -30,25 +36,57 @@ def _results(command: Any) -> Any:
 @_MODEL
 @click.option("--url", help="Measure this running server instead of starting one.")
 @click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
-@click.option("--checkpoint", metavar="DIR")
+@click.option("--checkpoint", metavar="DIR", help="The weights; with --url, the served model's tokenizer.")
 @click.option("--layers", type=click.IntRange(1), help="So many layers of the published shapes, with made-up weights.")
-@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--output-len", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--num-prompts", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--concurrency", type=Listing(int), default=(), help="Requests in flight. [default: 16]")
+@click.option("--request-rate", type=Listing(float), default=(), help="Requests sent in a second; inf: all at once.")
+@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True, help="Tokens of a random prompt.")
+@click.option("--output-len", type=click.IntRange(1), help="[default: 128, or what --prompts says of each]")
+@click.option("--prompts", metavar="FILE.jsonl", help='Lines of {"prompt": TEXT, "output_tokens": N}, sent as is.')
+@click.option("--num-prompts", type=click.IntRange(1), help="[default: 4 for each in flight, or 64 at a rate]")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @_SEED
 @click.option("--shards", type=click.IntRange(1), help="Shards of the server that is started.")
+@click.option("--routers", type=click.IntRange(1), help="Routers of the server that is started.")
+@click.option("--transport", type=click.Choice(TRANSPORTS), help="Transport of the server that is started.")
 @click.option("--verbose", is_flag=True)
 @_results
-def bench_serve(shards: int | None, verbose: bool, **options: Any) -> None:
-    """Throughput and latency of a server under vLLM's own benchmark client; vLLM flags follow `--`."""
+def bench_serve(verbose: bool, **options: Any) -> None:
+    """Throughput and latency of a server under vLLM's own benchmark client; vLLM flags follow `--`.
+
+    A list for --concurrency or --request-rate is a sweep. With --request-rate, --concurrency is a bound. A running
+    server that asks for a key gets EP_API_KEY.
+    """
     from ep.bench.serve import ServeBenchOptions, run, show
     from ep.terminal import Terminal
 
     terminal = Terminal(verbose)
+    of_server = {f"--{name}": options.pop(name) for name in ("shards", "routers", "transport")}
+    flags = tuple(word for name, value in of_server.items() if value is not None for word in (name, str(value)))
+    show(run(ServeBenchOptions(ep_flags=flags, **given(options)), terminal), terminal.console)
+
+
+@bench.command("decode-latency", cls=FlagsForVllm)
+@_MODEL
+@click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
+@click.option("--checkpoint", metavar="DIR")
+@click.option("--batch-size", type=click.IntRange(1), help="Requests that decode together. [default: 240; on CPUs 16]")
+@click.option("--input-len", type=Listing(int), default="512,1024,2048", show_default=True, help="Tokens of a prompt.")
+@click.option("--output-len", type=click.IntRange(2), help="Steps that are timed. [default: 200; on CPUs 64]")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--parts/--no-parts", default=True, show_default=True, help="Profile the router for a step's parts.")
+@_SEED
+@click.option("--shards", type=click.IntRange(1), help="Shards of our server.")
+@_results
+def bench_decode_latency(shards: int | None, **options: Any) -> None:
+    """How long a decode step takes, by the prompts' length, and what of it is attention, gate, dispatch, experts and
+    combine; vLLM flags follow `--`."""
+    from ep.bench.decode_latency import DecodeLatencyOptions, run, show
+    from ep.terminal import Terminal
+
+    terminal = Terminal()
     flags = ("--shards", str(shards)) if shards is not None else ()
-    show(run(ServeBenchOptions(ep_flags=flags, **options), terminal), terminal.console)
+    show(run(DecodeLatencyOptions(ep_flags=flags, **options), terminal), terminal.console)
 
 
 @bench.command("rebalance")
@@ -120,6 +158,21 @@ def bench_placement(**options: Any) -> None:
     from ep.bench.placement import PlacementBenchOptions, report, run
 
     report(run(PlacementBenchOptions(**given(options))))
+
+
+@bench.command("compare")
+@click.argument("before", metavar="A.json")
+@click.argument("after", metavar="B.json")
+@click.option("--tolerance", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True)
+@click.option("--only", metavar="TEXT", help="Only figures whose name contains this.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+def bench_compare(**options: Any) -> None:
+    """Two results of one benchmark: B over A, figure by figure; exit code 1 where B is worse beyond the tolerance."""
+    from rich.console import Console
+
+    from ep.bench.compare import run
+
+    sys.exit(run(**options, console=Console(highlight=False)))
 
 
 @bench.command("nodes")

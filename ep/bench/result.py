@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,16 @@ def print_json(bench: str, result: Any, output: str | None) -> None:
     found = {"bench": bench, **asdict(result)}
     for name in ("output", "page"):
         found["options"].pop(name, None)
+    found = finite(found)
     if output:
-        Path(output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found), flush=True)
+        Path(output).write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print(json.dumps(found, allow_nan=False), flush=True)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no word for infinity: it is "inf" there."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ep.errors import EpError
+from ep.errors import EpError, OptionError
 
 _STOP_SECONDS = 30.0
 _GENERATED = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
@@ -123,10 +123,15 @@ def answers(url: str) -> bool:
         return False
 
 
-def served_model(url: str) -> str:
-    """The first name under which the server serves its model."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=10.0) as response:
-        return str(json.load(response)["data"][0]["id"])
+def served_model(url: str, key: str | None = None) -> str:
+    """The first name under which the server serves its model. Raises OptionError where it refuses the key."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url}/v1/models", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10.0) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        raise OptionError(f"--url {url}: /v1/models answers {error.code}; EP_API_KEY is the key it gets") from error
 
 
 def generated_tokens(url: str) -> int:

@@ -71,6 +71,8 @@ class RoundTrips:
     tokens_per_shard: int
     p50_us: float
     p99_us: float
+    p50_us_rounds: tuple[float, ...]
+    p99_us_rounds: tuple[float, ...]
     best_p50_us: float
     gb_per_s: float
 
@@ -164,7 +166,7 @@ def _tokens(load: str, num_tokens: int, num_shards: int) -> int:
 
 def _summary(options: TransportBenchOptions, load: str, way: str, num_shards: int, rounds: list[Times]) -> RoundTrips:
     tokens = _tokens(load, options.num_tokens, num_shards)
-    p50s = [float(np.percentile(times, 50)) for times in rounds]
+    p50s, p99s = (tuple(round(float(np.percentile(times, p)), 1) for times in rounds) for p in (50, 99))
     p50 = statistics.median(p50s)
     return RoundTrips(
         way=way,
@@ -172,8 +174,10 @@ def _summary(options: TransportBenchOptions, load: str, way: str, num_shards: in
         num_shards=num_shards,
         tokens_per_shard=tokens,
         p50_us=round(p50, 1),
-        p99_us=round(statistics.median(float(np.percentile(times, 99)) for times in rounds), 1),
-        best_p50_us=round(min(p50s), 1),
+        p99_us=round(statistics.median(p99s), 1),
+        p50_us_rounds=p50s,
+        p99_us_rounds=p99s,
+        best_p50_us=min(p50s),
         gb_per_s=round(2 * num_shards * tokens * options.hidden_size * 2 / p50 / 1e3, 2),
     )
 
