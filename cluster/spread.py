@@ -49,8 +49,8 @@ def spread(
 
 
 def _so_many(room: Mapping[str, int], num_shards: int, num_hosts: int) -> dict[str, int]:
-    """The first num_hosts that have room for an even share; where those have not room for all shards, the ones with room
-    for a share that is rounded up. None of them where there are not as many."""
+    """The first num_hosts that have room for an even share; where those have not room for all shards, the ones with
+    room for a share that is rounded up. None of them where there are not as many."""
     enough = [address for address, count in room.items() if count >= num_shards // num_hosts]
     roomier_first = sorted(enough, key=lambda address: room[address] < -(-num_shards // num_hosts))
     for chosen in (enough[:num_hosts], roomier_first[:num_hosts]):
