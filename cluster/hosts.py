@@ -51,8 +51,12 @@ def unreachable(ports: Collection[tuple[str, int]], timeout_s: float) -> dict[tu
                 found[port] = os.strerror(code)
         answered: set[tuple[str, int]] = set(found)
         end = time.monotonic() + timeout_s
-        while len(answered) < len(waiting) and (left := end - time.monotonic()) > 0:
-            for fd, _ in poll.poll(left * 1e3):
+        while len(answered) < len(waiting):
+            left = max(end - time.monotonic(), 0.0)
+            events = poll.poll(left * 1e3)  # at least once: this process may have slept through the whole time
+            if not events and not left:
+                break
+            for fd, _ in events:
                 sock, port = waiting[fd]
                 poll.unregister(fd)
                 answered.add(port)
