@@ -1,4 +1,4 @@
-"""Routers that share every batch: together they compute what one router computes, and fail without leaving each other."""
+"""Routers that share every batch: together they compute what one router does, and a failure leaves none waiting."""
 
 from __future__ import annotations
 

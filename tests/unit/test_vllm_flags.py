@@ -44,7 +44,7 @@ def test_no_size(flags: tuple[str, ...]) -> None:
 
 
 def flags_of(*from_user: str, routers: int = 1) -> list[str]:
-    target = Target("deepseek-v3", Path("checkpoint"), load_preset("deepseek-v3").spec)
+    target = Target("deepseek-v3", Path("checkpoint"), load_preset("deepseek-v3").spec, stand_in=True)
     return vllm_flags(target, "127.0.0.1", 8000, None, routers, from_user, cpu=True)
 
 
