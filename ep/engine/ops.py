@@ -86,4 +86,4 @@ def _combine_fake(
     layer_pos: int,
 ) -> torch.Tensor:
     share = bound_router().share
-    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(len(hidden)), hidden.shape[1])
+    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(hidden.shape[0]), hidden.shape[1])
