@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
+import torch
 
 from ep.assign import Assigner
 from ep.checkpoint import Checkpoint
 from ep.cluster.membership import Membership
 from ep.cluster.recording import Recording
 from ep.cluster.router_actor import RouterSetup
+from ep.compute.base import ExpertCompute
+from ep.compute.choose import keeps_quantized, open_compute
+from ep.graph_router import GraphRouter
 from ep.link import NAMESPACE
 from ep.placement import Placement
 from ep.router import Router
@@ -32,8 +36,8 @@ MAX_DISPATCH_TOKENS = 2048
 class DataPlane:
     """A router, what it sends over, and what records it."""
 
-    router: Router
-    transport: Transport
+    router: Router | GraphRouter
+    transport: Transport | None
     recording: Recording | None
     between_steps: threading.Lock = field(default_factory=threading.Lock)
     """Held during a step: whoever holds it may change what steps rely on."""
@@ -47,7 +51,7 @@ class DataPlane:
     def status(self) -> dict[str, Any]:
         """Counters of every link, and the losses that were mended."""
         links = [
-            link.to_dict() | {"way": self.transport.describe(shard_idx)}
+            link.to_dict() | {"way": self.transport.describe(shard_idx) if self.transport else "in process"}
             for shard_idx, link in enumerate(self.router.stats())
         ]
         recorded = self.recording.status() if self.recording is not None else {}
@@ -72,10 +76,13 @@ def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, 
     checkpoint = Checkpoint(setup.checkpoint)
     spec = checkpoint.spec
     placement = Placement.from_dict(setup.placement)
-    max_tokens = min(share.length(max_tokens), MAX_DISPATCH_TOKENS)
+    max_tokens = share.length(max_tokens)
     transport: Transport
     replace = None
     endpoints: list[Endpoint] = []
+    if setup.transport == "local" and setup.on_gpu:
+        return _open_on_gpu(setup, checkpoint, placement, max_tokens, versions, share)
+    max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
     if setup.transport == "local":
         indices = range(placement.num_shards)
         shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
@@ -105,3 +112,29 @@ def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, 
     recording = Recording.start(setup, spec, placement, endpoints, versions)
     router.recorder = recording.recorder if recording is not None else None
     return DataPlane(router, transport, recording)
+
+
+def _open_on_gpu(
+    setup: RouterSetup,
+    checkpoint: Checkpoint,
+    placement: Placement,
+    max_tokens: int,
+    versions: Mapping[str, str],
+    share: Share,
+) -> DataPlane:
+    """All slots in this process, on its GPU."""
+    device = torch.device("cuda", share.rank)
+    spec = checkpoint.spec
+
+    def open_slots() -> ExpertCompute:
+        compute = open_compute(spec, placement.slots_per_shard, device, max_tokens, for_router=True)
+        quantized = keeps_quantized(spec, device, setup.fp8)
+        for weights in checkpoint.iter_slots(placement.slots[:, 0], torch.bfloat16, quantized, None, device, 1):
+            compute.add_slots(weights)
+        compute.finish()
+        return compute
+
+    router = GraphRouter(spec, placement, open_slots, max_tokens, device)
+    recording = Recording.start(setup, spec, placement, [], versions)
+    router.recorder = recording.recorder if recording is not None else None
+    return DataPlane(router, None, recording)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ep import __version__
+from ep.cluster.gpus import claim
 from ep.cluster.session import restore_priority
 from ep.cluster.step_queue import StepQueue
 from ep.errors import ClusterError, TraceError
@@ -38,8 +39,8 @@ FAILED = "failed: "
 class RouterSetup:
     """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
 
-    rank: among all routers of the instance. model: its name. trace: path of the file that load is recorded in, None to
-    record nothing.
+    rank: among all routers of the instance. on_gpu: whether attention, and slots in this process, are computed by a
+    GPU. model: its name. trace: path of the file that load is recorded in, None to record nothing.
     """
 
     link: Link
@@ -48,6 +49,7 @@ class RouterSetup:
     checkpoint: str
     placement: dict[str, Any]
     transport: str
+    on_gpu: bool
     dispatch_dtype: str
     deadline_s: float
     start_timeout_s: float
@@ -77,9 +79,11 @@ class RouterActor:
 
     def init_method(self) -> str:
         """The rendezvous of torch.distributed among the routers of one engine."""
-        from vllm.utils.network_utils import get_file_store_init_method
+        from vllm.utils import network_utils as network
 
-        return get_file_store_init_method()
+        if hasattr(network, "get_file_store_init_method"):
+            return str(network.get_file_store_init_method())
+        return str(network.get_distributed_init_method(network.get_loopback_ip(), network.get_open_port()))
 
     def connect(self, path: str) -> None:
         """Connect to the executor's rendezvous."""
@@ -170,6 +174,7 @@ class RouterActor:
         from ep.cluster.worker import RouterWorker
         from ep.engine.ops import bind_router
         from ep.group_router import GroupRouter
+        from ep.router import Router
 
         _configure_logging(vllm_config)
         load_general_plugins()
@@ -178,10 +183,12 @@ class RouterActor:
         group_size = vllm_config.parallel_config.world_size
         rank = self._setup.rank % group_size
         share = Share(rank, group_size)
+        claim(rank)  # where vLLM's worker of this rank looks for its GPU
         self._data_plane = open_data_plane(
             self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions, share
         )
-        bind_router(self._data_plane.router if group_size == 1 else GroupRouter(self._data_plane.router, share))
+        router = self._data_plane.router
+        bind_router(GroupRouter(router, share) if group_size > 1 and isinstance(router, Router) else router)
         self._phase("loading attention weights")
         assert self._steps is not None, "connect comes before start"
         self._worker = RouterWorker(

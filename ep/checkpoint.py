@@ -11,20 +11,22 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 
 from ep.config_keys import read_config
 from ep.errors import CheckpointError
+from ep.made_tensors import MARKER_FILE, MadeTensors
 from ep.model import ModelSpec, TensorSpec
 from ep.placement import EMPTY, Int32Array
-from ep.tensor_file import DTYPES, StoredTensor, read_header, read_into
+from ep.stored_tensors import INDEX_FILE, StoredTensors
+from ep.tensor_file import DTYPES, read_header
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 FP8 = torch.float8_e4m3fn
 
+Device = torch.device | str
 OnProgress = Callable[[int, int], None]
 """Called with (experts done, experts in all)."""
 
@@ -55,17 +57,57 @@ class GateWeights:
     bias: torch.Tensor | None
 
 
-class Checkpoint:
-    """A directory with config.json and safetensors files, with or without an index.
+class Entry(Protocol):
+    """A tensor of a checkpoint. dtype: as safetensors names it; file: what to blame for a wrong one."""
 
-    Raises ModelError for the config, CheckpointError for everything else, here and in every method.
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class TensorSource(Protocol):
+    """Where a checkpoint's tensors come from. Raises CheckpointError."""
+
+    def names(self) -> list[str]: ...
+
+    def file_name(self, name: str) -> str:
+        """Of the file that holds the tensor, or that would."""
+        ...
+
+    def entry(self, name: str) -> Any:
+        """An Entry of its own kind; None where there is no such tensor."""
+        ...
+
+    def read_into(self, entry: Any, out: torch.Tensor) -> None:
+        """Fills `out`, contiguous, of the entry's dtype and shape, on any device."""
+        ...
+
+
+class Checkpoint:
+    """A directory with config.json and weights: safetensors files, or the marker by which they are made when read.
+
+    Tensors are read to the CPU unless another device is named; made ones come into being there. Raises
+    ModelError for the config, CheckpointError for everything else, here and in every method.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.spec = ModelSpec.from_path(self.path)
-        self._headers: dict[Path, dict[str, StoredTensor]] = {}
-        self._files = self._read_index()
+        self._source: TensorSource
+        if (self.path / MARKER_FILE).exists():
+            self._source = MadeTensors(self.path, self.spec)
+        else:
+            self._source = StoredTensors(self.path)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the folder holds no weights: they are made when read."""
+        return isinstance(self._source, MadeTensors)
 
     def check(self) -> None:
         """Verifies from the files' headers that every expert and gate tensor is there, with its dtype and shapes."""
@@ -79,25 +121,25 @@ class Checkpoint:
                     self._matrix_entries(matrix)
 
     def tensor_names(self) -> list[str]:
-        return list(self._files)
+        return self._source.names()
 
-    def read_tensor(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str, device: Device = "cpu") -> torch.Tensor:
         """Any tensor, as stored."""
-        return self._read(self._entry(name))
+        return self._read(self._entry(name), device)
 
-    def read_dequantized(self, name: str) -> torch.Tensor:
+    def read_dequantized(self, name: str, device: Device = "cpu") -> torch.Tensor:
         """Any tensor; bf16 if it is FP8 with block scales."""
         entry = self._entry(name)
         if entry.dtype != "F8_E4M3":
-            return self._read(entry)
-        out = torch.empty(entry.shape, dtype=torch.bfloat16)
+            return self._read(entry, device)
+        out = torch.empty(entry.shape, dtype=torch.bfloat16, device=device)
         self._read_matrix(TensorSpec(name, entry.shape, f"{name}_scale_inv", self.spec.scale_shape(entry.shape)), out)
         return out
 
     def read_gate(self, layer_idx: int) -> GateWeights:
         gate = self.spec.gate_tensors(layer_idx)
-        weight = self._read(self._entry(gate.weight.name, gate.weight.shape))
-        bias = None if gate.bias is None else self._read(self._entry(gate.bias.name, gate.bias.shape))
+        weight = self._read(self._entry(gate.weight.name, gate.weight.shape), "cpu")
+        bias = None if gate.bias is None else self._read(self._entry(gate.bias.name, gate.bias.shape), "cpu")
         return GateWeights(weight, bias)
 
     def read_expert(self, layer_idx: int, expert_idx: int, dtype: torch.dtype = torch.bfloat16) -> SlotWeights:
@@ -107,14 +149,18 @@ class Checkpoint:
         return out
 
     def allocate_slots(
-        self, num_slots: int, dtype: torch.dtype = torch.bfloat16, keep_quantized: bool = False
+        self,
+        num_slots: int,
+        dtype: torch.dtype = torch.bfloat16,
+        keep_quantized: bool = False,
+        device: Device = "cpu",
     ) -> SlotWeights:
         """Uninitialised slots of one layer: of `dtype`, or FP8 with scales if `keep_quantized`."""
         hidden, inter = self.spec.hidden_size, self.spec.moe_intermediate_size
         if not keep_quantized:
             return SlotWeights(
-                torch.empty(num_slots, 2 * inter, hidden, dtype=dtype),
-                torch.empty(num_slots, hidden, inter, dtype=dtype),
+                torch.empty(num_slots, 2 * inter, hidden, dtype=dtype, device=device),
+                torch.empty(num_slots, hidden, inter, dtype=dtype, device=device),
             )
         rows, cols = self.spec.scale_shape((inter, hidden))
         if inter % self._block[0]:
@@ -122,10 +168,10 @@ class Checkpoint:
                 f"{self.path}: moe_intermediate_size is {inter}, not a multiple of the scale block {self._block[0]}"
             )
         return SlotWeights(
-            torch.empty(num_slots, 2 * inter, hidden, dtype=FP8),
-            torch.empty(num_slots, hidden, inter, dtype=FP8),
-            torch.empty(num_slots, 2 * rows, cols, dtype=torch.float32),
-            torch.empty(num_slots, *self.spec.scale_shape((hidden, inter)), dtype=torch.float32),
+            torch.empty(num_slots, 2 * inter, hidden, dtype=FP8, device=device),
+            torch.empty(num_slots, hidden, inter, dtype=FP8, device=device),
+            torch.empty(num_slots, 2 * rows, cols, dtype=torch.float32, device=device),
+            torch.empty(num_slots, *self.spec.scale_shape((hidden, inter)), dtype=torch.float32, device=device),
         )
 
     def read_slots(
@@ -159,8 +205,11 @@ class Checkpoint:
         dtype: torch.dtype = torch.bfloat16,
         keep_quantized: bool = False,
         on_progress: OnProgress | None = None,
+        device: Device = "cpu",
+        at_once: int | None = None,
     ) -> Iterator[SlotWeights]:
-        """A shard's slots, layer after layer, each in memory of its own: slots int32 [MoE layers, P] of a placement."""
+        """A shard's slots, layer after layer: slots int32 [MoE layers, P] of a placement. Each item has memory of its
+        own and is a whole layer, or, where at_once is given, the next so many slots of it at most."""
         total = int((slots != EMPTY).sum())
         done = 0
 
@@ -171,9 +220,11 @@ class Checkpoint:
                 on_progress(done, total)
 
         for layer_idx, experts in zip(self.spec.moe_layers, slots, strict=True):
-            out = self.allocate_slots(len(experts), dtype, keep_quantized)
-            self.read_slots(layer_idx, experts.tolist(), out, count)
-            yield out
+            for start in range(0, len(experts), at_once or len(experts)):
+                piece = experts[start : start + (at_once or len(experts))].tolist()
+                out = self.allocate_slots(len(piece), dtype, keep_quantized, device)
+                self.read_slots(layer_idx, piece, out, count)
+                yield out
 
     @property
     def _block(self) -> tuple[int, int]:
@@ -181,41 +232,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: not quantised, so there are no FP8 weights to keep")
         return self.spec.quant_block
 
-    def _read_index(self) -> dict[str, Path]:
-        """The file of every tensor."""
-        index = self.path / INDEX_FILE
-        if not index.is_file():
-            single = self.path / SINGLE_FILE
-            if not single.is_file():
-                raise CheckpointError(f"{self.path}: holds neither {INDEX_FILE} nor {SINGLE_FILE}")
-            return dict.fromkeys(self._header(single), single)
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: self.path / file for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: no weight_map can be read: {type(error).__name__}: {error}") from error
-
-    def _header(self, file: Path) -> dict[str, StoredTensor]:
-        if file not in self._headers:
-            self._headers[file] = read_header(file)
-        return self._headers[file]
-
-    def _entry(self, name: str, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> StoredTensor:
-        if name not in self._files:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        file = self._files[name]
-        entry = self._header(file).get(name)
+    def _entry(self, name: str, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> Entry:
+        entry: Entry | None = self._source.entry(name)
         if entry is None:
-            raise CheckpointError(f"{file}: tensor {name} is missing, though {INDEX_FILE} says that it is here")
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
         if shape is not None and entry.shape != shape:
-            raise CheckpointError(f"{file}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
+            raise CheckpointError(f"{entry.file}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
         if dtype is not None and entry.dtype != dtype:
-            raise CheckpointError(f"{file}: {name} has dtype {entry.dtype}, expected {dtype}")
+            raise CheckpointError(f"{entry.file}: {name} has dtype {entry.dtype}, expected {dtype}")
         if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{file}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(f"{entry.file}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
         return entry
 
-    def _matrix_entries(self, matrix: TensorSpec) -> tuple[StoredTensor, StoredTensor | None]:
+    def _matrix_entries(self, matrix: TensorSpec) -> tuple[Entry, Entry | None]:
         if matrix.scale_name is None:
             return self._entry(matrix.name, matrix.shape), None
         return (
@@ -223,9 +252,9 @@ class Checkpoint:
             self._entry(matrix.scale_name, matrix.scale_shape, "F32"),
         )
 
-    def _read(self, entry: StoredTensor) -> torch.Tensor:
-        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        read_into(entry, out)
+    def _read(self, entry: Entry, device: Device) -> torch.Tensor:
+        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=device)
+        self._source.read_into(entry, out)
         return out
 
     def _read_matrix(self, matrix: TensorSpec, out: torch.Tensor) -> None:
@@ -233,13 +262,13 @@ class Checkpoint:
         entry, scale_entry = self._matrix_entries(matrix)
         if scale_entry is None:
             if out.dtype == DTYPES[entry.dtype]:
-                read_into(entry, out)
+                self._source.read_into(entry, out)
             else:
-                out.copy_(self._read(entry))
+                out.copy_(self._read(entry, out.device))
             return
-        values = self._read(entry).float()
+        values = self._read(entry, out.device).float()
         row_block, col_block = self._block
-        scales = self._read(scale_entry).repeat_interleave(col_block, dim=1)[:, : entry.shape[1]]
+        scales = self._read(scale_entry, out.device).repeat_interleave(col_block, dim=1)[:, : entry.shape[1]]
         for block_idx, rows in enumerate(values.split(row_block)):
             rows.mul_(scales[block_idx])
         out.copy_(values)
@@ -247,8 +276,8 @@ class Checkpoint:
     def _read_quantized(self, matrix: TensorSpec, out: torch.Tensor, scale_out: torch.Tensor) -> None:
         entry, scale_entry = self._matrix_entries(matrix)
         assert scale_entry is not None
-        read_into(entry, out)
-        read_into(scale_entry, scale_out)
+        self._source.read_into(entry, out)
+        self._source.read_into(scale_entry, scale_out)
 
 
 def write_dequantized(source: str | Path, target: str | Path) -> None:
@@ -265,12 +294,13 @@ def write_dequantized(source: str | Path, target: str | Path) -> None:
     names_of: dict[str, list[str]] = {}
     for name in checkpoint.tensor_names():
         if not name.endswith("_scale_inv"):
-            names_of.setdefault(checkpoint._files[name].name, []).append(name)
+            names_of.setdefault(checkpoint._source.file_name(name), []).append(name)
     for file, names in names_of.items():
         save_file({name: checkpoint.read_dequantized(name) for name in names}, target / file, {"format": "pt"})
     write_index(target, {name: file for file, names in names_of.items() for name in names})
+    apart = ("config.json", INDEX_FILE, MARKER_FILE)
     for extra in checkpoint.path.iterdir():
-        if extra.is_file() and extra.suffix != ".safetensors" and extra.name not in ("config.json", INDEX_FILE):
+        if extra.is_file() and extra.suffix != ".safetensors" and extra.name not in apart:
             shutil.copyfile(extra, target / extra.name)
 
 

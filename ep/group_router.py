@@ -36,6 +36,9 @@ class GroupRouter:
     def spec(self) -> ModelSpec:
         return self._router.spec
 
+    def open_slots(self) -> None:
+        self._router.open_slots()
+
     @contextmanager
     def step(self, num_tokens: int, num_requests: int) -> Iterator[None]:
         """As Router.step. Raises at its end what kept a layer of it from being computed."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from ep.announce import announce
 from ep.cluster.router_actor import FAILED
+from ep.devices import serves_on_gpu
 from ep.errors import ClusterError, OptionError, PlacementError
 from ep.model import ModelSpec
 from ep.placement import Placement, even_split, with_spares
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
 class ServeOptions:
     """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
 
+    layers: with synthetic, so many layers of the published shapes, their weights made on the devices that hold them.
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
-    "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
+    "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
+    shard_cpus, shard_threads and shard_gpus are per shard, router_gpus per router; GPUs are asked for where vLLM
+    computes on them. deadline_s bounds a layer's round trip, the restart of a lost shard included. expert_dtype: auto
+    keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
     them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
     routers: engines with attention and KV cache of their own behind the one server; each is as many router actors as
     vLLM's --tensor-parallel-size says. spare_slots: empty slots per shard and layer that a rebalance moves into, by
@@ -47,7 +51,9 @@ class ServeOptions:
     model: str
     checkpoint: str | None = None
     synthetic: bool = False
+    layers: int | None = None
     shards: int | None = None
+    nodes: int | None = None
     address: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -58,6 +64,8 @@ class ServeOptions:
     wait_s: float = 60.0
     shard_cpus: float = 1.0
     shard_threads: int = 1
+    shard_gpus: float = 1.0
+    router_gpus: float = 1.0
     routers: int = 1
     router_threads: int = 1
     redundant: int = 0
@@ -79,13 +87,15 @@ def serve(options: ServeOptions) -> None:
     _check_port(options.host, options.port)
     num_routers = options.routers * tensor_parallel_size(options.vllm_flags)
     check_trace(options.trace, num_routers)
-    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal)
+    target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)
     num_shards = options.shards if options.shards is not None else default_shards()
     if num_shards > target.spec.num_experts:
         raise PlacementError(
             f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
             f"expected 1 to {target.spec.num_experts} shards"
         )
+    if options.nodes is not None and options.nodes > num_shards:
+        raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
     placement = first_placement(target.spec, num_shards, options)
     if options.transport == "local" and num_routers > 1:
         raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, expected socket")
@@ -147,6 +157,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     check_memory(target.spec, placement, options, sessions.cluster_memory())
+    on_gpu = serves_on_gpu()
     ranks = tensor_parallel_size(options.vllm_flags)
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
@@ -164,6 +175,10 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             wait_s=options.wait_s,
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
+            num_hosts=options.nodes,
+            on_gpu=on_gpu,
+            shard_gpus=options.shard_gpus if on_gpu else 0.0,
+            router_gpus=options.router_gpus if on_gpu else 0.0,
             num_routers=options.routers * ranks,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
@@ -179,10 +194,11 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         launch.start(on_wait=terminal.say)
         server = vllm.result()
         cpu = server.is_cpu()
-        address = (options.host, options.port, options.api_key)
-        flags = vllm_flags(target, *address, options.routers, options.vllm_flags, cpu)
-        args = server.parse_flags(flags)
-        check_supported(args, cpu, options.routers, ranks)
+        door = (options.host, options.port, options.api_key)
+        args = server.parse_flags(vllm_flags(target, *door, options.routers, options.vllm_flags, cpu))
+        if on_gpu and options.transport == "socket":
+            server.split_at_experts(args)
+        check_supported(args, options.routers, ranks)
         launch.link.export()
         metrics = ClusterMetrics(launch.metrics)
         metrics.start()

@@ -75,10 +75,10 @@ class Asked:
 class Shard:
     """Slots of one shard of a placement, ready to compute. `load` reads them from a checkpoint.
 
-    layers: one SlotWeights per MoE layer, in the spec's order, FP8 where `keeps_quantized` says so; their memory is
-    taken over. device: where the experts are computed, by default a GPU if torch can use one. max_pass_tokens: tokens
-    that a GPU computes at once. Raises, before the first layer is asked for, PlacementError, OptionError, and
-    ModelError where the device's kernels cannot run these experts.
+    layers: the slots of one MoE layer after the other, in the spec's order, on a GPU also a layer in several items; FP8
+    where `keeps_quantized` says so; their memory is taken over. device: where the experts are computed, by default a
+    GPU if torch can use one. max_pass_tokens: tokens that a GPU computes at once. Raises, before the first layer is
+    asked for, PlacementError, OptionError, and ModelError where the device's kernels cannot run these experts.
     """
 
     def __init__(
@@ -97,19 +97,19 @@ class Shard:
         self.shard_idx = shard_idx
         self._served = {placement.generation: placement}
         self._compute = open_compute(spec, placement.slots_per_shard, choose_device(device), max_pass_tokens)
-        num_layers = 0
+        num_loaded = 0
         for weights in layers:
             self._keeps_quantized = weights.w13_scale is not None
-            self._compute.add_layer(weights)
-            num_layers += 1
-        assert num_layers == spec.num_moe_layers
+            self._compute.add_slots(weights)
+            num_loaded += weights.num_slots
+        assert num_loaded == spec.num_moe_layers * placement.slots_per_shard
         self._compute.finish()
         self._stats = ShardStats(
             shard_idx,
             placement.generation,
             placement.slots_per_shard,
             self._compute.slot_bytes,
-            tokens_of_layer=[0] * num_layers,
+            tokens_of_layer=[0] * spec.num_moe_layers,
         )
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
@@ -127,16 +127,19 @@ class Shard:
         coming: Placement | None = None,
         fp8: bool | None = None,
     ) -> Shard:
-        """Reads this shard's experts, one layer after the other; dtype is for those that are not kept FP8,
-        fp8 says whether an FP8 checkpoint's are (`keeps_quantized`).
+        """Reads this shard's experts, one layer after the other, for a GPU one expert after the other; dtype is for
+        those that are not kept FP8, fp8 says whether an FP8 checkpoint's are (`keeps_quantized`).
 
         coming: a placement that routers may go over to at any time: its experts are held, and it is admitted, too.
         Raises CheckpointError and what the class raises.
         """
         spec = checkpoint.spec
         slots = (placement.slots if coming is None else union(placement, coming))[:, shard_idx]
-        keep_quantized = keeps_quantized(spec, choose_device(device), fp8)
-        layers = checkpoint.iter_slots(slots, dtype, keep_quantized, on_progress)
+        device = choose_device(device)
+        at_once = None if device.type == "cpu" else 1
+        layers = checkpoint.iter_slots(
+            slots, dtype, keeps_quantized(spec, device, fp8), on_progress, device, at_once
+        )
         shard = cls(spec, placement, shard_idx, layers, device, max_pass_tokens)
         if coming is not None:
             shard.admit(coming)

@@ -60,6 +60,11 @@ def write_checkpoint(
         if on_progress is not None:
             on_progress(sum(layer_idx <= file_idx for layer_idx in spec.moe_layers) * spec.num_experts, total)
     write_index(path, file_of)
+    write_configs(spec, config, path)
+
+
+def write_configs(spec: ModelSpec, config: Mapping[str, Any], path: Path) -> None:
+    """Everything but the weights: config.json, generation_config.json and the tokenizer. Raises ModelError."""
     _write_json(path / "config.json", dict(config))
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(path / "generation_config.json", {"_from_model_config": True, **tokens})
@@ -72,22 +77,30 @@ def cached_checkpoint(
     zipf_exponent: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """The preset's stand-in in the user's cache directory, written on the first call with these parameters.
-
-    Several processes may ask at once: each writes a directory of its own, the first to finish gives it its name.
-    """
+    """The preset's stand-in in the user's cache directory, written on the first call with these parameters."""
     seed = preset.seed if seed is None else seed
     zipf_exponent = preset.zipf_exponent if zipf_exponent is None else zipf_exponent
     character = asdict(CHARACTERS[preset.synthetic_spec.family])
     parameters = [FORMAT_VERSION, preset.synthetic_config, seed, zipf_exponent, character]
     key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache_dir() / f"{preset.name}-{key}"
+    return cached(
+        f"{preset.name}-{key}",
+        lambda folder: write_checkpoint(preset.synthetic_config, folder, seed, zipf_exponent, on_progress),
+    )
+
+
+def cached(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of this name in the cache directory, written into an empty one on the first call.
+
+    Several processes may ask at once: each writes a directory of its own, the first to finish gives it its name.
+    """
+    path = cache_dir() / name
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        write_checkpoint(preset.synthetic_config, partial, seed, zipf_exponent, on_progress)
+        write(partial)
         partial.chmod(0o755)
         partial.rename(path)
     except OSError:

@@ -32,7 +32,8 @@ CHAT_TEMPLATES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The stand-in's tokens: specials, the 256 bytes, then the syllables and two-syllable words that its text is of."""
+    """The stand-in's tokens: specials, the 256 bytes, then the syllables and words of two and, in large ones, three
+    syllables that its text is of."""
 
     specials: tuple[str, ...]
     tokens: tuple[str, ...]
@@ -61,15 +62,23 @@ def vocabulary(spec: ModelSpec) -> Vocabulary:
     merges = [(s[0], s[1]) for s in syllables] + [(space, s) for s in syllables]
     words = [(space + first, second) for first in syllables for second in syllables]
     num_words = spec.vocab_size - len(specials) - 256 - len(merges)
-    if not 0 < num_words <= len(words):
+    most = len(words) * (1 + len(syllables))
+    if not 0 < num_words <= most:
         raise ModelError(
             f"{spec.source}: vocab_size is {spec.vocab_size}, expected {spec.vocab_size - num_words + 1} to "
-            f"{spec.vocab_size - num_words + len(words)} for a synthetic checkpoint"
+            f"{spec.vocab_size - num_words + most} for a synthetic checkpoint"
         )
-    stride = next(n for n in range(int(len(words) * 0.618), len(words)) if math.gcd(n, len(words)) == 1)
-    merges += [words[i * stride % len(words)] for i in range(num_words)]
+    merges += _spread(words, min(num_words, len(words)))
+    longer = [(first + second, third) for first, second in words for third in syllables]
+    merges += _spread(longer, max(0, num_words - len(words)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return Vocabulary(specials, (*specials, *alphabet, *(a + b for a, b in merges)), tuple(merges))
+
+
+def _spread(words: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """count of the words, from all over the list."""
+    stride = next(n for n in range(int(len(words) * 0.618), len(words)) if math.gcd(n, len(words)) == 1)
+    return [words[i * stride % len(words)] for i in range(count)]
 
 
 def write_tokenizer(spec: ModelSpec, path: Path, bos_token_id: int, eos_token_id: int) -> None:

@@ -74,8 +74,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_into(entry: StoredTensor, out: torch.Tensor) -> None:
-    """Fills a contiguous tensor of the entry's size with its bytes."""
+    """Fills a contiguous tensor of the entry's size, on any device, with its bytes."""
     assert out.is_contiguous() and out.numel() * out.itemsize == entry.num_bytes
+    if out.device.type != "cpu":
+        host = torch.empty_like(out, device="cpu")
+        read_into(entry, host)
+        out.copy_(host)
+        return
     view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
     try:
         fd = os.open(entry.file, os.O_RDONLY)

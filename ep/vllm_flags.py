@@ -73,11 +73,9 @@ def vllm_flags(
     return flags + list(from_user)
 
 
-def check_supported(args: Any, cpu: bool, routers: int, ranks: int) -> None:
+def check_supported(args: Any, routers: int, ranks: int) -> None:
     """args: what vLLM's parser made of the flags. ranks: tensor_parallel_size of the same flags. Raises OptionError for
     what this version of ep does not serve."""
-    if not cpu:
-        raise OptionError("the installed vLLM is not its CPU build: this version of ep computes attention on CPU only")
     pipeline, tensor, data = (getattr(args, f"{kind}_parallel_size") for kind in ("pipeline", "tensor", "data"))
     if pipeline != 1:
         raise OptionError(f"--pipeline-parallel-size {pipeline}: expected 1, every router has all layers")

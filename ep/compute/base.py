@@ -35,8 +35,8 @@ class Work:
 class ExpertCompute(Protocol):
     """The slots of every MoE layer of a shard and the code that runs them. For one thread.
 
-    Made empty, by which it is known to be able to compute the model; `add_layer` once per MoE layer, in order, then
-    `finish`, then any number of `run`.
+    Made empty, by which it is known to be able to compute the model; `add_slots` for every slot, layer after layer,
+    then `finish`, then any number of `run`.
     """
 
     @property
@@ -68,8 +68,8 @@ class ExpertCompute(Protocol):
         """Overwrites one slot with weights of one slot, under the same rule."""
         ...
 
-    def add_layer(self, weights: SlotWeights) -> None:
-        """The weights' memory may be kept and reordered in place."""
+    def add_slots(self, weights: SlotWeights) -> None:
+        """The next slots of a layer; on a CPU all of its slots. Their memory may be kept and reordered in place."""
         ...
 
     def finish(self) -> None:

@@ -34,8 +34,11 @@ def keeps_quantized(spec: ModelSpec, device: torch.device, fp8: bool | None = No
     return True
 
 
-def open_compute(spec: ModelSpec, num_slots: int, device: torch.device, max_tokens: int) -> ExpertCompute:
-    """An empty ExpertCompute for num_slots slots per layer. max_tokens: the largest pass on a GPU.
+def open_compute(
+    spec: ModelSpec, num_slots: int, device: torch.device, max_tokens: int, for_router: bool = False
+) -> ExpertCompute:
+    """An empty ExpertCompute for num_slots slots per layer. max_tokens: the largest pass on a GPU; for_router: on a
+    GPU, only GpuCompute.partials will be called.
 
     Raises ModelError where the device's kernels cannot run the model's experts, OptionError for another kind of device.
     """
@@ -46,4 +49,4 @@ def open_compute(spec: ModelSpec, num_slots: int, device: torch.device, max_toke
     from ep.compute.gpu import GpuCompute  # Triton is needed only here
     from ep.kernels.devices import current_device
 
-    return GpuCompute(spec, num_slots, device, current_device(device.index), max_tokens)
+    return GpuCompute(spec, num_slots, device, current_device(device.index), max_tokens, for_router)

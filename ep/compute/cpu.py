@@ -52,7 +52,7 @@ class CpuCompute:
         for part, new in zip(self.slot_parts(layer_pos, slot_idx), _tensors(packed), strict=True):
             part.copy_(new[0])
 
-    def add_layer(self, weights: SlotWeights) -> None:
+    def add_slots(self, weights: SlotWeights) -> None:
         if not self._layers:
             self._choice = choose(self._spec, weights.w13.dtype)
         packed = cpu_moe.pack(weights.w13, weights.w2, self._choice.path, self._scratch, _scales(weights))

@@ -40,20 +40,22 @@ def supports(spec: ModelSpec, num_slots: int, device: Device) -> tuple[bool, str
 
 class GpuCompute:
     """An ExpertCompute. max_tokens: tokens of one pass, for which the work space is allocated once; more are computed
-    in several passes. Raises ModelError where `supports` says no, with nothing allocated."""
+    in several passes. for_router: `partials` alone will be called, with all choices of every token and bf16 out.
+    Raises ModelError where `supports` says no, with nothing allocated."""
 
     path = "triton"
 
     def __init__(
-        self, spec: ModelSpec, num_slots: int, torch_device: torch.device, device: Device, max_tokens: int
-    ) -> None:
+        self, spec: ModelSpec, num_slots: int, torch_device: torch.device, device: Device, max_tokens: int,
+        for_router: bool = False,
+    ) -> None:  # fmt: skip
         supported, self.reason = supports(spec, num_slots, device)
         if not supported:
             raise ModelError(f"{spec.source}: experts cannot be computed on {device.name}: {self.reason}")
         self._device, self._torch_device = device, torch_device
-        self._max_tokens, self._top_k = max_tokens, spec.top_k
+        self._max_tokens, self._top_k, self._for_router = max_tokens, spec.top_k, for_router
         self._weights = _allocate(_shape(spec, num_slots, device), torch_device)
-        self._num_loaded = 0
+        self._num_loaded = 0  # slots, over all layers
         self._layer_idx = torch.arange(spec.num_moe_layers, dtype=torch.int32, device=torch_device)
         self._num_tokens = torch.zeros(1, dtype=torch.int32, device=torch_device)
         self._workspace: op.Workspace | None = None
@@ -74,31 +76,43 @@ class GpuCompute:
         return [stack[layer_pos, slot_idx] for stack in stacks if stack is not None]
 
     def load_slot(self, layer_pos: int, slot_idx: int, weights: SlotWeights) -> None:
-        one, ours = slice(slot_idx, slot_idx + 1), self._weights
-        scales = [_layer(scale, layer_pos) for scale in (ours.gate_up_scale_inv, ours.down_scale_inv)]
-        gate_up_scale, down_scale = (None if scale is None else scale[one] for scale in scales)
-        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer_pos][one], gate_up_scale)
-        _copy_in(weights.w2, weights.w2_scale, ours.down[layer_pos][one], down_scale)
+        self._write(layer_pos, slot_idx, weights)
 
-    def add_layer(self, weights: SlotWeights) -> None:
-        layer, ours = self._num_loaded, self._weights
-        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer], _layer(ours.gate_up_scale_inv, layer))
-        _copy_in(weights.w2, weights.w2_scale, ours.down[layer], _layer(ours.down_scale_inv, layer))
-        self._num_loaded += 1
+    def _write(self, layer_pos: int, first: int, weights: SlotWeights) -> None:
+        """From slot `first` on."""
+        ours, slots = self._weights, slice(first, first + weights.num_slots)
+        scales = [_layer(scale, layer_pos) for scale in (ours.gate_up_scale_inv, ours.down_scale_inv)]
+        gate_up_scale, down_scale = (None if scale is None else scale[slots] for scale in scales)
+        _copy_in(weights.w13, weights.w13_scale, ours.gate_up[layer_pos, slots], gate_up_scale)
+        _copy_in(weights.w2, weights.w2_scale, ours.down[layer_pos, slots], down_scale)
+
+    def add_slots(self, weights: SlotWeights) -> None:
+        layer_pos, first = divmod(self._num_loaded, self._weights.shape.num_slots)
+        self._write(layer_pos, first, weights)
+        self._num_loaded += weights.num_slots
 
     def finish(self) -> None:
         """Allocates the work space and compiles the kernels, by passes of every size that chooses others."""
+        assert self._num_loaded == len(self._layer_idx) * self._weights.shape.num_slots, "slots are missing"
         self._workspace = op.Workspace.allocate(self._weights, self._max_tokens, self._top_k)
         if self._torch_device.type != "cuda":
             return
-        widths = sorted({min(self._top_k, 1 << power) for power in range(self._top_k.bit_length() + 1)})
         for power in range((self._max_tokens * self._top_k).bit_length()):
             num_tokens = min(1 << power, self._max_tokens)
-            for width, dtype, x in itertools.product(widths, (torch.bfloat16, torch.float32), self._empty(num_tokens)):
+            rows = self._empty(num_tokens)
+            if self._for_router:
+                kinds = [(self._top_k, torch.bfloat16, rows[0])]
+            else:
+                kinds = list(itertools.product(self._widths(), (torch.bfloat16, torch.float32), rows))
+            for width, dtype, x in kinds:
                 slot_ids = torch.zeros(num_tokens, width, dtype=torch.int32, device=self._torch_device)
                 weights = torch.zeros(num_tokens, width, device=self._torch_device)
                 self._launch(0, x, slot_ids, weights, dtype, 1 << power)
         torch.cuda.synchronize(self._torch_device)
+
+    def _widths(self) -> list[int]:
+        """Of the tables that `pair_table` makes."""
+        return sorted({min(self._top_k, 1 << power) for power in range(self._top_k.bit_length() + 1)})
 
     def _empty(self, num_tokens: int) -> list[torch.Tensor | Quantized]:
         """Zeros of every kind of rows that `_rows` returns."""
@@ -113,6 +127,39 @@ class GpuCompute:
     def run(self, layer_pos: int, works: Sequence[Work]) -> None:
         for group in passes(works, self._max_tokens):
             self._pass(layer_pos, group)
+
+    def partials(
+        self,
+        layer_pos: int,
+        x: torch.Tensor,
+        slot_ids: torch.Tensor,
+        weights: torch.Tensor,
+        num_tokens: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        """For operands on the device, by launches alone: may be captured in a graph.
+
+        x [T, H] bf16, slot_ids int32 and weights float32 [T, K], num_tokens int32 [1], at most T -> [T, H] of `dtype`;
+        rows from num_tokens on are undefined. Raises ValueError for T beyond the work space.
+        """
+        shape = self._weights.shape
+        out = torch.empty(len(x), shape.hidden, dtype=dtype, device=x.device)
+        return op.fused_moe(
+            x,
+            self._weights,
+            slot_ids,
+            weights,
+            layer_idx=self._layer_idx[layer_pos : layer_pos + 1],
+            num_tokens=num_tokens,
+            out=out,
+            workspace=self._finished(),
+            config=op.choose_config(shape, slot_ids.numel(), self._device),
+            device=self._device,
+        )
+
+    def _finished(self) -> op.Workspace:
+        assert self._workspace is not None, "not finished"
+        return self._workspace
 
     def _pass(self, layer_pos: int, works: list[Work]) -> None:
         """All copies and launches are queued on one stream; the host waits once, for the partials."""
@@ -152,8 +199,7 @@ class GpuCompute:
         num_pairs: int,
     ) -> torch.Tensor:
         """Partials [T, H] of `dtype` on the device. The tile is the one for num_pairs rows: as a tuned file counts."""
-        assert self._workspace is not None and self._num_loaded == len(self._layer_idx), "not finished"
-        shape = self._weights.shape
+        workspace, shape = self._finished(), self._weights.shape
         out = torch.empty(len(slot_ids), shape.hidden, dtype=dtype, device=self._torch_device)
         with torch.cuda.device_of(out):
             return op.fused_moe(
@@ -164,7 +210,7 @@ class GpuCompute:
                 layer_idx=self._layer_idx[layer_pos : layer_pos + 1],
                 num_tokens=self._num_tokens.fill_(len(slot_ids)),
                 out=out,
-                workspace=self._workspace,
+                workspace=workspace,
                 config=op.choose_config(shape, num_pairs, self._device),
                 device=self._device,
             )

@@ -1,4 +1,7 @@
-"""The weight loader of a router: everything but the routed experts, read once, nothing else touched on disk."""
+"""Weight loaders: a router's, of everything but the routed experts, and one for native vLLM on weights that are made.
+
+Made weights come into being on the model's device; stored ones are read to the CPU, nothing else is touched on disk.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ep.checkpoint import Checkpoint
+from ep.engine.ops import bound_router
 
 _EXPERTS = (".mlp.experts.", ".block_sparse_moe.experts.")
 _SCALE = "_scale_inv"
 
 
-class RouterLoader(BaseModelLoader):
-    """Loads attention, dense, shared-expert, gate and embedding weights.
+class NativeLoader(BaseModelLoader):
+    """Loads every weight, for a model with its experts in vLLM.
 
     vLLM has no block-FP8 linear layer on CPU: there FP8 weights are dequantised to bf16, one tensor at a time.
     """
@@ -29,20 +34,43 @@ class RouterLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         load: Any = model.load_weights
-        load(_router_weights(Checkpoint(model_config.model), dequantize=current_platform.is_cpu()))
+        checkpoint = Checkpoint(model_config.model)
+        device = next(model.parameters()).device if checkpoint.is_made else torch.device("cpu")
+        names = [name for name in checkpoint.tensor_names() if self._holds(name)]
+        load(_weights(checkpoint, names, device, dequantize=current_platform.is_cpu()))
+
+    def _holds(self, name: str) -> bool:
+        return True
 
 
-def register_loader(load_format: str) -> None:
-    """Make `--load-format ep` known to vLLM."""
+class RouterLoader(NativeLoader):
+    """Loads attention, dense, shared-expert, gate and embedding weights."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        super().load_weights(model, model_config)
+        with set_default_torch_dtype(torch.float32):
+            bound_router().open_slots()
+
+    def _holds(self, name: str) -> bool:
+        return not any(part in name for part in _EXPERTS)
+
+
+def register_loader(load_format: str, loader: type[BaseModelLoader]) -> None:
+    """Make `--load-format` know the loader."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
     if load_format not in _LOAD_FORMAT_TO_MODEL_LOADER:
-        register_model_loader(load_format)(RouterLoader)
+        register_model_loader(load_format)(loader)
 
 
-def _router_weights(checkpoint: Checkpoint, dequantize: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight that a router holds."""
-    for name in checkpoint.tensor_names():
-        if any(part in name for part in _EXPERTS) or (dequantize and name.endswith(_SCALE)):
+def _weights(
+    checkpoint: Checkpoint, names: list[str], device: torch.device, dequantize: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every weight that is named."""
+    for name in names:
+        if dequantize and name.endswith(_SCALE):
             continue
-        yield name, checkpoint.read_dequantized(name) if dequantize else checkpoint.read_tensor(name)
+        with set_default_torch_dtype(torch.float32):  # vLLM loads with the model's
+            read = checkpoint.read_dequantized if dequantize else checkpoint.read_tensor
+            tensor = read(name, device)
+        yield name, tensor

@@ -23,6 +23,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from ep.engine.gating import route_like_vllm
 from ep.engine.ops import bound_router
 from ep.kernels.reference import Routing
+from ep.model import ModelSpec
 
 
 def _layer_pos(prefix: str) -> int:
@@ -30,6 +31,13 @@ def _layer_pos(prefix: str) -> int:
     found = re.search(r"layers\.(\d+)\.", f"{prefix}.")
     assert found is not None, prefix
     return bound_router().spec.layer_pos(int(found.group(1)))
+
+
+def _route(logits: torch.Tensor, bias: torch.Tensor | None, spec: ModelSpec) -> Routing:
+    """logits [T, E] -> Routing. On a GPU the weights include the routed scale, on a CPU vLLM applies it to the sum."""
+    if logits.is_cuda:
+        return Routing(*torch.ops.ep.route(logits, bias))
+    return route_like_vllm(logits, bias, spec)
 
 
 def _shards_answer(
@@ -81,9 +89,10 @@ def make_deepseek_block(native_module: Any) -> type[nn.Module]:
 
         def forward(self, hidden_states: torch.Tensor, already_sequence_parallel: bool = False) -> torch.Tensor:
             logits, _ = self.gate(hidden_states)
-            routing = route_like_vllm(logits, self.gate.e_score_correction_bias, self.spec)
+            routing = _route(logits, self.gate.e_score_correction_bias, self.spec)
             routed, shared = _shards_answer(hidden_states, routing, self.layer_pos, self.shared_experts)
-            routed = routed * self.spec.routed_scaling_factor
+            if not logits.is_cuda:
+                routed = routed * self.spec.routed_scaling_factor
             return routed if shared is None else shared + routed
 
     return DeepseekExperts
@@ -115,7 +124,7 @@ def make_mixtral_block(native_module: Any) -> type[nn.Module]:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             hidden = hidden_states.view(-1, hidden_states.shape[-1])
             logits, _ = self.gate(hidden)
-            routing = route_like_vllm(logits, None, self.spec)
+            routing = _route(logits, None, self.spec)
             routed, _ = _shards_answer(hidden, routing, self.layer_pos)
             return routed.view(hidden_states.shape)
 

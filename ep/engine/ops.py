@@ -1,4 +1,4 @@
-"""The two torch ops through which vLLM's (compiled) model reaches the router of its process.
+"""The torch ops through which vLLM's (compiled) model reaches the router of its process.
 
     topk_ids, topk_weights ─> ep::dispatch ─> ticket ─┐
     hidden ─> shared expert ──────────────────────────┴─> ep::combine ─> routed sum
@@ -7,9 +7,10 @@ Splitting the round trip in two lets the shared expert run while the shards comp
 takes the shared expert's output as an argument only to be ordered behind it, and what was dispatched only to keep a
 compiled graph from reusing that memory while a shard may still have to be asked again.
 
-A router with a share of the rows (tensor-parallel attention) is given all of them and combines its own.
+`ep::route` is the gate's choice as one kernel, where experts are computed by GPUs. A router with a share of the rows
+(tensor-parallel attention) is given all of them and combines its own.
 
-Shape legend: T tokens, H hidden, K top-k.
+Shape legend: T tokens, H hidden, E logical experts, K top-k.
 """
 
 from __future__ import annotations
@@ -19,27 +20,30 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from ep.graph_router import GraphRouter
     from ep.group_router import GroupRouter
     from ep.router import Router
 
+    AnyRouter = Router | GroupRouter | GraphRouter
+
 _library: torch.library.Library | None = None
-_router: Router | GroupRouter | None = None
+_router: AnyRouter | None = None
 
 
-def bind_router(router: Router | GroupRouter | None) -> None:
+def bind_router(router: AnyRouter | None) -> None:
     """Make `router` the one that this process's ops use."""
     global _router
     _router = router
 
 
-def bound_router() -> Router | GroupRouter:
+def bound_router() -> AnyRouter:
     """The router of this process; models are only built inside a router actor, after it was bound."""
     assert _router is not None, "ep's model classes run inside a router actor only: start them with `ep serve`"
     return _router
 
 
 def register_ops() -> None:
-    """Define ep::dispatch and ep::combine; a second call does nothing."""
+    """Define ep::dispatch, ep::combine and ep::route; a second call does nothing."""
     global _library
     if _library is not None:
         return
@@ -50,6 +54,9 @@ def register_ops() -> None:
     for key in ("CPU", "CUDA"):
         library.impl("dispatch", _dispatch, key)
         library.impl("combine", _combine, key)
+    library.define("route(Tensor logits, Tensor? bias) -> (Tensor, Tensor)")
+    library.impl("route", _route, "CUDA")
+    torch.library.register_fake("ep::route", _route_fake, lib=library)
     torch.library.register_fake("ep::dispatch", _dispatch_fake, lib=library)
     torch.library.register_fake("ep::combine", _combine_fake, lib=library)
     _library = library
@@ -86,4 +93,18 @@ def _combine_fake(
     layer_pos: int,
 ) -> torch.Tensor:
     share = bound_router().share
-    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(hidden.shape[0]), hidden.shape[1])
+    # Not len(hidden), which would make a constant of a traced graph's number of tokens.
+    num_tokens, hidden_size = hidden.shape
+    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(num_tokens), hidden_size)
+
+
+def _route(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    from ep.kernels.gating import route  # needs Triton
+
+    routing = route(logits, bias, bound_router().spec)
+    return routing.topk_ids, routing.topk_weights
+
+
+def _route_fake(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], bound_router().spec.top_k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)

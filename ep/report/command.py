@@ -19,7 +19,8 @@ from ep.report.compare_page import compare_page, compare_sheets
 from ep.report.html import Page, render
 from ep.report.numbers import FORMAT, ReportNumbers, ReportOptions, plain, report_numbers
 from ep.report.pages import report_page
-from ep.report.terminal import show, show_sheets
+from ep.report.terminal import show
+from ep.sheet import show_sheets
 from ep.trace import Trace
 from ep.trace_parts import read_all_parts
 

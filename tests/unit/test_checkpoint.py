@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ep.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, write_dequantized
+from ep.checkpoint import INDEX_FILE, Checkpoint, write_dequantized
 from ep.errors import CheckpointError, ModelError
 from ep.kernels.reference import dequantize_blocks
 from ep.placement import EMPTY, even_split
+from ep.stored_tensors import SINGLE_FILE
 from tests.cases import small_checkpoint, small_config
 
 FAMILIES = ("deepseek_v3", "mixtral")

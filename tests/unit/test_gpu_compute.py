@@ -139,7 +139,7 @@ def test_waiting_requests_get_the_twins_partials(family: str) -> None:
     case = make_case(torch.float8_e4m3fn if family == "deepseek_v3" else torch.bfloat16)
     compute = GpuCompute(make_spec(family), SLOTS, CPU, ADA, 3)
     for weights in layers_of(case.weights):
-        compute.add_layer(weights)
+        compute.add_slots(weights)
     compute.finish()
     works = [
         make_work([1, 2, 1, 2], 0, "bf16", torch.float32),
@@ -158,7 +158,7 @@ def test_weights_and_tokens_become_what_the_device_multiplies() -> None:
     case = make_case(torch.float8_e4m3fn)
     compute = GpuCompute(make_spec("deepseek_v3"), SLOTS, CPU, MI300X, 4)
     for weights in layers_of(case.weights):
-        compute.add_layer(weights)
+        compute.add_slots(weights)
     ours = compute._weights
     assert ours.gate_up.dtype == ours.down.dtype == torch.float8_e4m3fnuz and ours.gate_up_scale_inv is not None
     for layer in range(2):

@@ -1,4 +1,4 @@
-"""Routers that share every batch: together they compute what one router does, and a failure leaves none waiting."""
+"""Routers that share every batch compute together what one router computes, and fail without leaving each other."""
 
 from __future__ import annotations
 

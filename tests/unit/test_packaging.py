@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("ep", "kernels", "cluster", "configs")
+SUFFIXES = (".py", ".toml", ".json", ".css", ".js", ".yaml", ".sbatch")
 
 
 def run_python(code: str, *args: str, cwd: Path) -> str:
@@ -27,7 +28,7 @@ def sources() -> set[str]:
     for folder in PACKAGED:
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT)
-            if path.suffix not in (".py", ".toml", ".json", ".css", ".js") or "__pycache__" in relative.parts:
+            if path.suffix not in SUFFIXES or "__pycache__" in relative.parts:
                 continue
             names.add(str(relative if folder == "ep" else Path("ep") / relative))
     return names

@@ -44,7 +44,7 @@ def test_no_size(flags: tuple[str, ...]) -> None:
 
 
 def flags_of(*from_user: str, routers: int = 1) -> list[str]:
-    target = Target("deepseek-v3", Path("checkpoint"), load_preset("deepseek-v3").spec, stand_in=True)
+    target = Target("deepseek-v3", Path("checkpoint"), load_preset("deepseek-v3").spec, stand_in=False)
     return vllm_flags(target, "127.0.0.1", 8000, None, routers, from_user, cpu=True)
 
 
@@ -70,9 +70,9 @@ def test_data_parallelism_is_asked_for_by_routers(flag: str) -> None:
     ],
 )
 def test_what_is_not_supported(change: dict[str, object], words: str) -> None:
-    check_supported(Namespace(**AS_PARSED), cpu=True, routers=1, ranks=1)
+    check_supported(Namespace(**AS_PARSED), routers=1, ranks=1)
     with pytest.raises(OptionError, match=words):
-        check_supported(Namespace(**{**AS_PARSED, **change}), cpu=True, routers=1, ranks=1)
+        check_supported(Namespace(**{**AS_PARSED, **change}), routers=1, ranks=1)
 
 
 def test_the_phase_that_all_routers_are_in() -> None:
