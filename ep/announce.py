@@ -21,9 +21,10 @@ def announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: t
     """Say what the router is doing until the server answers, then where; gives up when the server has ended."""
     _show_loading(launch, terminal, ended)
     base = f"http://{options.host}:{options.port}"
+    num_routers = launch.options.num_routers
     last = ""
     while not _answers(f"{base}/health"):
-        phase = router_phase(launch.progress()["routers"], launch.options.num_routers)
+        phase = router_phase(launch.progress()["routers"], num_routers)
         if phase and phase != last:
             terminal.say(phase)
             last = phase
@@ -34,7 +35,7 @@ def announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: t
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")
     if launch.options.trace is not None:
-        parts = f", .1 to .{launch.options.num_routers - 1}" if launch.options.num_routers > 1 else ""
+        parts = f", a part for each of {num_routers} routers" if num_routers > 1 else ""
         terminal.say(f"load is recorded in {launch.options.trace}{parts}")
     if options.check:
         _first_token(base, options)

@@ -211,6 +211,9 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             if launch.has_failed_shard():
                 launch.wait_for_shards()
             raise ClusterError(f"the engine ended: {_root_cause(launch, error)}{_see_log(terminal)}") from error
+        else:
+            if failures := _failures(launch):  # vLLM's server then ends as if it had been asked to
+                raise ClusterError(f"{failures[0]}{_see_log(terminal)}")
         finally:
             ended.set()
             metrics.stop()
@@ -222,9 +225,13 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
 
 def _root_cause(launch: Launch, error: Exception) -> str:
     """What a router said before it gave up; else the engine's own words."""
-    failed = [p for p in launch.progress()["routers"].values() if p.startswith(FAILED)]
-    text = failed[0].removeprefix(FAILED) if failed else f"{type(error).__name__}: {error}"
-    return text.strip().splitlines()[-1]
+    return (_failures(launch) or [f"{type(error).__name__}: {error}".strip().splitlines()[-1]])[0]
+
+
+def _failures(launch: Launch) -> list[str]:
+    """The last line of what each router that is gone left behind."""
+    said = launch.progress()["routers"].values()
+    return [phase.removeprefix(FAILED).strip().splitlines()[-1] for phase in said if phase.startswith(FAILED)]
 
 
 def _see_log(terminal: Terminal) -> str:

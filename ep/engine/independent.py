@@ -40,7 +40,8 @@ def engine_index(vllm_config: Any) -> int:
 
 def as_only_engine(vllm_config: Any) -> None:
     """In an engine's own process: from here on its configuration is that of a server with one engine."""
-    model = vllm_config.model_config
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if not model.is_moe:
         model.model_arch_config = model.get_model_arch_config()
-        vllm_config.parallel_config.is_moe_model = True
+        parallel.is_moe_model = True
+        parallel.data_parallel_rank_local = 0  # else a worker would leave the first GPUs to the engines before this one

@@ -93,7 +93,9 @@ def _combine_fake(
     layer_pos: int,
 ) -> torch.Tensor:
     share = bound_router().share
-    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(len(hidden)), hidden.shape[1])
+    # Not len(hidden), which would make a constant of a traced graph's number of tokens.
+    num_tokens, hidden_size = hidden.shape
+    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(num_tokens), hidden_size)
 
 
 def _route(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
