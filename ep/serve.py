@@ -38,7 +38,7 @@ class ServeOptions:
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
     "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
     shard_cpus, shard_threads and shard_gpus are per shard, router_gpus per router; GPUs are asked for where vLLM
-    computes on them; deadline_s bounds a layer's round trip, the restart of a lost shard included. expert_dtype: auto
+    computes on them. deadline_s bounds a layer's round trip, the restart of a lost shard included. expert_dtype: auto
     keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
     them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
     routers: engines with attention and KV cache of their own behind the one server; each is as many router actors as

@@ -53,7 +53,7 @@ def _notes(result: DecodeLatency) -> tuple[str, ...]:
         return ()
     return (
         "attention: vLLM's attention op, which reads the KV cache, and the write to it; the projections around it are "
-        "in the rest of the model. gate: the gate's product and the choice of experts. dispatch: assigning and sending. "
+        "in the rest of the model. gate: the gate's product and the choice of experts. dispatch: assigning, sending. "
         "experts: as far as the router waited while a shard computed. combine: the rest of the wait and the sum. rest "
         "of the model: projections, norms, dense layers, shared experts, preparing the step. between steps: sampling, "
         "scheduler, API server.",

@@ -32,7 +32,8 @@ def install() -> None:
         import triton.experimental.gluon.language  # noqa: F401  (the interpreter imports it when it first runs)
 
         import ep.kernels.fused_moe
-        import ep.kernels.gating  # noqa: F401
+        import ep.kernels.gating
+        import ep.kernels.p2p  # noqa: F401
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

@@ -1,0 +1,235 @@
+"""Router and shards on GPUs of one node that write into each other's memory: the kernels of one round trip.
+
+    router   plan ─> put ─────────────────────────────────────────> wait ─> combine
+                      └─ rows ─> inboxes, header ─> mailboxes        ^
+    shard              (a host thread sees it)  collect ─> experts ─> return: partials, flags
+
+Static shapes, counts that live on the device, no allocation and no word from a host: it may be captured in graphs.
+One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has the torch twins.
+
+Shapes: T rows of a call, K choices per token, H hidden, S shards, P slots per shard, L MoE layers, E logical experts, R
+replicas of an expert at most, N routers of a shard, C capacity of a job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ep.kernels import p2p_layout as layout
+from ep.kernels.p2p_layout import MessageShape
+from ep.kernels.p2p_router import combine_kernel, plan_kernel, put_kernel, wait_kernel
+from ep.kernels.p2p_shard import collect_kernel, return_kernel
+from ep.kernels.quant import fp8_max
+from ep.kernels.reference import MIN_AMAX, TOKEN_BLOCK
+
+PLAN_PAIRS = 128
+"""(token, choice) pairs that one program of the plan looks at."""
+WINDOW = 512
+"""Tokens among which an expert's pairs are dealt to its replicas in turn."""
+PATIENCE, SLOW = 64, 4096
+"""Polls of a wait between looks at the abort word, and after which it says that it waits (about 3 ms)."""
+COMBINE_BLOCK = 1024
+
+TRITON_DTYPES = {
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e4m3fnuz: tl.float8e4b8,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A placement as the plan reads it; overwritten in place when the placement changes.
+
+    replicas [L, E, R] int32: global slots, shard * P + slot. num_replicas [L, E] int32, 1 to R.
+    """
+
+    replicas: torch.Tensor
+    num_replicas: torch.Tensor
+    slots_per_shard: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tokens of one call go. Allocated once for max_tokens; a call of T rows uses the first T.
+
+    slots [T, K] int32: global slots, -1 for a row that is padding. local_slots [T, K] int32: those of local_shard in
+    its own numbering, -1 for all others. position [S, max_tokens] int32: the row of a token in a shard's message, -1
+    for none; always -1 for local_shard. counts [S] int32: rows of each message.
+    """
+
+    slots: torch.Tensor
+    local_slots: torch.Tensor
+    position: torch.Tensor
+    counts: torch.Tensor
+    local_shard: int = -1
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, top_k: int, num_shards: int, device: torch.device, local_shard: int = -1
+    ) -> Plan:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+        pairs = (max_tokens, top_k)
+        return cls(ints(*pairs), ints(*pairs), ints(num_shards, max_tokens), ints(num_shards).zero_(), local_shard)
+
+
+def supports(message: MessageShape, num_shards: int, num_layers: int) -> tuple[bool, str]:
+    """Whether the kernels can do this, and why not."""
+    if not 0 < num_shards <= 64:
+        return False, f"{num_shards} shards, expected 1 to 64"
+    if not 0 < num_layers <= layout.MAX_LAYERS:
+        return False, f"{num_layers} MoE layers, expected 1 to {layout.MAX_LAYERS}"
+    return message.check()
+
+
+def plan_dispatch(
+    topk_ids: torch.Tensor, tables: Tables, plan: Plan, load: torch.Tensor, words: torch.Tensor, layer_pos: int,
+    first_token: int = 0,
+) -> None:  # fmt: skip
+    """Chooses slots and rows for the tokens of a call and gives its messages their number (words[SEQ] + 1).
+
+    topk_ids [T, K] int32. Rows are tokens first_token .. of the step; those at words[NUM_TOKENS] or beyond are padding.
+    load [2, L, E] int64 gets one for each pair, [1] those of tokens before words[NUM_DECODE]. An expert's pairs go to
+    its replicas in turn, by their rank within WINDOW tokens: the same call gives the same answer.
+    """
+    num_rows, top_k = topk_ids.shape
+    num_layers, num_experts, replicas = tables.replicas.shape
+    num_shards, position_stride = plan.position.shape
+    pad_k, pad_s = triton.next_power_of_2(top_k), triton.next_power_of_2(num_shards)
+    block = max(PLAN_PAIRS // pad_k, 1)
+    plan_kernel[(triton.cdiv(num_rows, block),)](
+        topk_ids, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.position, plan.counts, load,
+        words, num_rows, first_token, layer_pos, num_layers, num_experts, tables.slots_per_shard, plan.local_shard,
+        position_stride, TOP_K=top_k, PAD_K=pad_k, REPLICAS=replicas, SHARDS=num_shards, PAD_S=pad_s, BLOCK_T=block,
+        WINDOW=max(WINDOW, block), SCAN=_scan(num_rows, pad_s), SEQ=layout.SEQ, NUM_TOKENS=layout.NUM_TOKENS,
+        NUM_DECODE=layout.NUM_DECODE, PLANNED=layout.PLANNED, num_warps=4,
+    )  # fmt: skip
+
+
+def put_tokens(
+    x: torch.Tensor, weights: torch.Tensor, plan: Plan, message: MessageShape, inboxes: torch.Tensor,
+    mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int, slots_per_shard: int,
+) -> None:  # fmt: skip
+    """Writes each row, quantised once, with its slots and weights into the inbox of every shard that it goes to; then a
+    header into the mailbox of every shard that got any.
+
+    x [T, H] bf16, contiguous columns; weights [T, K] float32; inboxes and mailboxes [S] int64: addresses. Does nothing
+    after a wait was given up.
+    """
+    num_rows, top_k = weights.shape
+    num_shards, position_stride = plan.position.shape
+    put_kernel[(num_rows,)](
+        x, weights, plan.slots, plan.position, plan.counts, inboxes, mailboxes, words, x.stride(0), layer_pos,
+        slots_per_shard, position_stride, message.scales_offset, message.slot_ids_offset, message.weights_offset,
+        HIDDEN=message.hidden, COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), GROUP=TOKEN_BLOCK,
+        TOP_K=top_k, PAD_K=triton.next_power_of_2(top_k), SHARDS=num_shards, PAD_S=triton.next_power_of_2(num_shards),
+        DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
+        FP8_MAX=fp8_max(message.dtype) if message.quantized else 0.0, MIN_AMAX=MIN_AMAX, SEQ=layout.SEQ,
+        FAILED=layout.FAILED, SENT=layout.SENT, num_warps=8,
+    )  # fmt: skip
+
+
+def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int) -> None:
+    """One program that ends when every shard that got tokens has answered, or soon after the abort word is set.
+
+    flags [S, LINE / 4] int32; host_address: the router's words in host memory. Given up, it says so there and in
+    words[FAILED], after which every later wait ends at once.
+    """
+    num_shards = plan.position.shape[0]
+    wait_kernel[(1,)](
+        plan.counts, flags, words, host_address, SHARDS=num_shards, PAD_S=triton.next_power_of_2(num_shards),
+        LINE_WORDS=flags.stride(0), PATIENCE=PATIENCE, SLOW=SLOW, SEQ=layout.SEQ, FAILED=layout.FAILED,
+        ABORT=layout.ABORT, FAILED_SEQ=layout.FAILED_SEQ, WAITING_SEQ=layout.WAITING_SEQ, DONE_SEQ=layout.DONE_SEQ,
+        LATE=layout.LATE, num_warps=1,
+    )  # fmt: skip
+
+
+def combine_partials(
+    partials: torch.Tensor, plan: Plan, out: torch.Tensor, local_partial: torch.Tensor | None = None
+) -> None:
+    """out[t] = the sum over shards, in order, of partials[s, position[s, t]], in float32, rounded once.
+
+    partials [S, max_tokens, H] bf16 or float32; local_partial [T, H] float32: what local_shard adds in its place; out
+    [T, H] bf16 or float32.
+    """
+    num_rows, hidden = out.shape
+    num_shards, position_stride = plan.position.shape
+    combine_kernel[(num_rows, triton.cdiv(hidden, COMBINE_BLOCK))](
+        partials, plan.position, local_partial, out, partials.stride(0), plan.local_shard, position_stride,
+        0 if local_partial is None else local_partial.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK, SHARDS=num_shards,
+        PAD_S=triton.next_power_of_2(num_shards), HAS_LOCAL=local_partial is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `collect` makes of the newest job, for the experts' kernels and for `return_partials`. C: capacity.
+
+    rows [C, H] in the message's dtype, scales [C, H/128] float32 where it has scales, slot_ids [C, K] int32, weights
+    [C, K] float32, job [JOB_WORDS], layer_idx and num_tokens [1] int32.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    slot_ids: torch.Tensor
+    weights: torch.Tensor
+    job: torch.Tensor
+    layer_idx: torch.Tensor
+    num_tokens: torch.Tensor
+
+    @classmethod
+    def allocate(cls, message: MessageShape, capacity: int, device: torch.device) -> Job:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        size = (capacity, message.hidden)
+        rows = torch.zeros(size, device=device).to(message.dtype)
+        scales = torch.zeros(capacity, message.hidden // TOKEN_BLOCK, device=device) if message.quantized else None
+        pairs = (capacity, message.top_k)
+        return cls(rows, scales, ints(*pairs).fill_(-1), torch.zeros(pairs, device=device),
+                   ints(layout.JOB_WORDS), ints(1), ints(1))  # fmt: skip
+
+
+def collect(
+    ring_address: int, ring_size: int, inboxes: torch.Tensor, words: torch.Tensor, message: MessageShape, job: Job,
+    capacity: int,
+) -> None:  # fmt: skip
+    """Reads the next job (words[JOB]) from the ring in host memory [ring_size, JOB_WORDS] int32, ring_size a power of
+    two, and gathers its rows, up to `capacity`, from the routers' inboxes (addresses [N] int64)."""
+    collect_kernel[(capacity,)](
+        ring_address, inboxes, words, job.rows, job.scales, job.slot_ids, job.weights, job.job, job.layer_idx,
+        job.num_tokens, ring_size, message.scales_offset, message.slot_ids_offset, message.weights_offset,
+        HIDDEN=message.hidden, PAD_H=triton.next_power_of_2(message.hidden), GROUP=TOKEN_BLOCK,
+        COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), TOP_K=message.top_k,
+        PAD_K=triton.next_power_of_2(message.top_k), QUANTIZED=message.quantized, JOINED=layout.MAX_JOINED,
+        WORDS=layout.JOB_WORDS, JOB=layout.JOB, JOB_TOKENS=layout.JOB_TOKENS, JOB_LAYER=layout.JOB_LAYER,
+        JOB_ROUTERS=layout.JOB_ROUTERS, num_warps=8,
+    )  # fmt: skip
+
+
+def return_partials(
+    partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, words: torch.Tensor, done_address: int,
+    capacity: int,
+) -> None:  # fmt: skip
+    """Writes each row of partials [C, H] into its router's return box, then raises the flags of the messages that are
+    complete, counts the job in words[JOB] and writes that count to host memory.
+
+    boxes and flags [N] int64: addresses of this shard's partials and of its flag in each router's return box.
+    """
+    hidden = partials.shape[1]
+    return_kernel[(capacity,)](
+        partials, job.job, boxes, flags, words, done_address, HIDDEN=hidden, PAD_H=triton.next_power_of_2(hidden),
+        JOINED=layout.MAX_JOINED, JOB=layout.JOB, RETURNED=layout.RETURNED, JOB_ROUTERS=layout.JOB_ROUTERS,
+        num_warps=8,
+    )  # fmt: skip
+
+
+def _scan(num_rows: int, pad_s: int) -> int:
+    """Tokens whose rows are numbered at once."""
+    return max(min(triton.next_power_of_2(num_rows), 8192 // pad_s), 16)

@@ -1,0 +1,182 @@
+"""The torch twins of kernels/p2p.py for memory of this process: the same arguments, the same bits. Written to be read.
+
+Addresses are followed as the kernels follow them. `wait_partials` looks once and says whether the wait is over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ep.kernels import p2p_layout as layout
+from ep.kernels.p2p import WINDOW, Job, Plan, Tables
+from ep.kernels.p2p_layout import MessageShape, pack_header
+from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
+
+
+def at_address(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Host memory as a tensor, not owned by it."""
+    size = dtype.itemsize
+    for extent in shape:
+        size *= extent
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    buffer = (ctypes.c_uint8 * size).from_address(address)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """Views of one router's message to one shard."""
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    slot_ids: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def at(cls, address: int, message: MessageShape) -> Inbox:
+        tokens, blocks = message.max_tokens, message.hidden // TOKEN_BLOCK
+        scales = None
+        if message.quantized:
+            scales = at_address(address + message.scales_offset, (tokens, blocks), torch.float32)
+        pairs = (tokens, message.top_k)
+        return cls(
+            at_address(address, (tokens, message.hidden), message.dtype),
+            scales,
+            at_address(address + message.slot_ids_offset, pairs, torch.int32),
+            at_address(address + message.weights_offset, pairs, torch.float32),
+        )
+
+
+def plan_dispatch(
+    topk_ids: torch.Tensor, tables: Tables, plan: Plan, load: torch.Tensor, words: torch.Tensor, layer_pos: int,
+    first_token: int = 0,
+) -> None:  # fmt: skip
+    num_rows = len(topk_ids)
+    num_tokens = min(int(words[layout.NUM_TOKENS]) - first_token, num_rows)
+    num_decode = int(words[layout.NUM_DECODE]) - first_token
+    seen: dict[tuple[int, int], int] = {}
+    plan.slots[:num_rows] = plan.local_slots[:num_rows] = plan.position[:, :num_rows] = -1
+    plan.counts.zero_()
+    for token in range(num_tokens):
+        for choice, expert in enumerate(topk_ids[token].tolist()):
+            if not 0 <= expert < tables.replicas.shape[1]:
+                continue
+            window = token // WINDOW
+            rank = seen.get((window, expert), window)
+            seen[window, expert] = rank + 1
+            replica = rank % int(tables.num_replicas[layer_pos, expert])
+            slot = int(tables.replicas[layer_pos, expert, replica])
+            shard = slot // tables.slots_per_shard
+            plan.slots[token, choice] = slot
+            if shard == plan.local_shard:
+                plan.local_slots[token, choice] = slot - shard * tables.slots_per_shard
+            elif plan.position[shard, token] < 0:
+                plan.position[shard, token] = plan.counts[shard]
+                plan.counts[shard] += 1
+            load[int(token < num_decode), layer_pos, expert] += 1
+    words[layout.SEQ] += 1
+
+
+def put_tokens(
+    x: torch.Tensor, weights: torch.Tensor, plan: Plan, message: MessageShape, inboxes: torch.Tensor,
+    mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int, slots_per_shard: int,
+) -> None:  # fmt: skip
+    if words[layout.FAILED]:
+        return
+    num_rows = len(weights)
+    quantized = quantize_tokens(x, message.dtype) if message.quantized else None
+    for shard, count in enumerate(plan.counts.tolist()):
+        if not count:
+            continue
+        inbox = Inbox.at(int(inboxes[shard]), message)
+        token = (plan.position[shard, :num_rows] >= 0).nonzero().flatten()
+        slots = plan.slots[token]
+        inbox.rows[:count] = x[token] if quantized is None else quantized.q[token]
+        if quantized is not None and inbox.scales is not None:
+            inbox.scales[:count] = quantized.scale_inv[token]
+        is_here = (slots >= shard * slots_per_shard) & (slots < (shard + 1) * slots_per_shard)
+        inbox.slot_ids[:count] = torch.where(is_here, slots - shard * slots_per_shard, -1)
+        inbox.weights[:count] = weights[token]
+        header = pack_header(int(words[layout.SEQ]), layer_pos, count)
+        at_address(int(mailboxes[shard]), (1,), torch.int64)[0] = header
+
+
+def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int) -> bool:
+    if words[layout.FAILED]:
+        return True
+    num_shards = plan.position.shape[0]
+    host = at_address(host_address, (layout.router_words(num_shards),), torch.int32)
+    is_late = (plan.counts > 0) & (flags[:, 0] - words[layout.SEQ] < 0)
+    if not is_late.any():
+        host[layout.DONE_SEQ] = words[layout.SEQ]
+        return True
+    host[layout.WAITING_SEQ] = words[layout.SEQ]
+    if not host[layout.ABORT]:
+        return False
+    host[layout.LATE : layout.LATE + num_shards] = is_late.int()
+    words[layout.FAILED] = 1
+    host[layout.FAILED_SEQ] = words[layout.SEQ]
+    host[layout.DONE_SEQ] = words[layout.SEQ]
+    return True
+
+
+def combine_partials(
+    partials: torch.Tensor, plan: Plan, out: torch.Tensor, local_partial: torch.Tensor | None = None
+) -> None:
+    total = torch.zeros(out.shape, dtype=torch.float32)
+    for shard in range(len(partials)):
+        position = plan.position[shard, : len(out)]
+        token = (position >= 0).nonzero().flatten()
+        total[token] += partials[shard, position[token].long()].float()
+        if local_partial is not None and shard == plan.local_shard:
+            total += local_partial
+    out.copy_(total)
+
+
+def collect(
+    ring_address: int, ring_size: int, inboxes: torch.Tensor, words: torch.Tensor, message: MessageShape, job: Job,
+    capacity: int,
+) -> None:  # fmt: skip
+    ring = at_address(ring_address, (ring_size, layout.JOB_WORDS), torch.int32)
+    job.job.copy_(ring[int(words[layout.JOB]) % ring_size])
+    job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], job.job[layout.JOB_TOKENS]
+    start = 0
+    for router, first, count, _, _ in _entries(job):
+        inbox = Inbox.at(int(inboxes[router]), message)
+        ours, theirs = slice(start, start + count), slice(first, first + count)
+        job.rows[ours] = inbox.rows[theirs]
+        if job.scales is not None and inbox.scales is not None:
+            job.scales[ours] = inbox.scales[theirs]
+        job.slot_ids[ours] = inbox.slot_ids[theirs]
+        job.weights[ours] = inbox.weights[theirs]
+        start += count
+    assert start <= capacity
+
+
+def return_partials(
+    partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, words: torch.Tensor, done_address: int,
+    capacity: int,
+) -> None:  # fmt: skip
+    start, hidden = 0, partials.shape[1]
+    entries = list(_entries(job))
+    for router, first, count, _, _ in entries:
+        box = at_address(int(boxes[router]), (first + count, hidden), partials.dtype)
+        box[first:] = partials[start : start + count]
+        start += count
+    for router, _, _, seq, is_last in entries:
+        if is_last:
+            at_address(int(flags[router]), (1,), torch.int32)[0] = seq
+    words[layout.JOB] += 1
+    at_address(done_address, (1,), torch.int32)[0] = words[layout.JOB]
+
+
+def _entries(job: Job) -> Iterator[tuple[int, ...]]:
+    """router, first row, rows, seq, is last: of each message that the job joins."""
+    joined = layout.MAX_JOINED
+    table = job.job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * joined].view(5, joined).T
+    return (tuple(entry) for entry in table.tolist() if entry[0] >= 0)

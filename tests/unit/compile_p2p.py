@@ -1,0 +1,110 @@
+"""Cross-compiles every kernel of the ipc data plane for a GPU that is not here and prints what it uses as JSON: a
+program of its own, because it cannot share a process with Triton's interpreter.
+
+    python tests/unit/compile_p2p.py gfx942 | sm_90
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ep.kernels import p2p
+
+TYPES = {
+    torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
+}  # fmt: skip
+MODULES = {"plan_kernel": "p2p_router", "put_kernel": "p2p_router", "wait_kernel": "p2p_router",
+           "combine_kernel": "p2p_router", "collect_kernel": "p2p_shard", "return_kernel": "p2p_shard"}  # fmt: skip
+
+
+class Recorder:
+    """Stands in for a kernel: compiles what it is launched with instead of running it."""
+
+    def __init__(self, kernel: Any, target: GPUTarget, found: list[dict[str, Any]]) -> None:
+        self._kernel, self._target, self._found = kernel, target, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._compile
+
+    def _compile(self, *operands: Any, **constants: Any) -> None:
+        num_warps = constants.pop("num_warps")
+        names = self._kernel.arg_names
+        signature, attributes, values = {}, {}, dict(constants)
+        for position, (name, operand) in enumerate(zip(names, operands)):
+            if operand is None:
+                values[name] = None
+            elif isinstance(operand, torch.Tensor):
+                signature[name] = TYPES[operand.dtype]
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "i64" if name.endswith("_address") else "i32"
+                if name.endswith(("_offset", "x_stride", "shard_stride", "local_stride")):
+                    attributes[(position,)] = [["tt.divisibility", 16]]
+        signature = {name: signature.get(name, "constexpr") for name in names}
+        source = ASTSource(fn=self._kernel, signature=signature, constexprs=values, attrs=attributes)
+        compiled = triton.compile(source, target=self._target, options={"num_warps": num_warps})
+        self._found.append({"kernel": self._kernel.__name__, **_read(compiled)})
+
+
+def _read(compiled: Any) -> dict[str, Any]:
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        stores = re.findall(r"(?:global|flat)_store_(\w+)", assembly)
+        loads = re.findall(r"(?:global|flat)_load_(\w+)", assembly)
+        assert spills is not None
+        return {"spills": int(spills[1]), "lds": compiled.metadata.shared, "stores": stores, "loads": loads}
+    assembly = compiled.asm["ptx"]
+    stores = re.findall(r"st\.global\.(\S+)", assembly)
+    return {"lds": compiled.metadata.shared, "stores": stores, "loads": re.findall(r"ld\.\S*global\.(\S+)", assembly)}
+
+
+def main(arch: str) -> list[dict[str, Any]]:
+    """Every kernel as the ops launch it, at DeepSeek-V3's size and at Mixtral's."""
+    is_amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch[3:]), 32)
+    found: list[dict[str, Any]] = []
+    for name in MODULES:
+        setattr(p2p, name, Recorder(getattr(p2p, name), target, found))
+    fp8 = torch.float8_e4m3fnuz if is_amd else torch.float8_e4m3fn
+    models = ((7168, 8, 256, fp8, tl.float8e4b8), (4096, 2, 8, torch.bfloat16, tl.bfloat16))
+    for (hidden, top_k, num_experts, dtype, _), (num_shards, rows) in itertools.product(models, ((2, 8), (8, 512))):
+        for partial_dtype in (torch.bfloat16, torch.float32):
+            _launch_all(p2p.MessageShape(rows, hidden, top_k, dtype, partial_dtype), num_experts, num_shards)
+    return found
+
+
+def _launch_all(message: Any, num_experts: int, num_shards: int) -> None:
+    rows, hidden, top_k = message.max_tokens, message.hidden, message.top_k
+    cpu = torch.device("cpu")
+    plan = p2p.Plan.allocate(rows, top_k, num_shards, cpu)
+    tables = p2p.Tables(
+        torch.zeros(2, num_experts, num_shards, dtype=torch.int32), torch.ones(2, num_experts, dtype=torch.int32), 4
+    )
+    words, addresses = torch.zeros(512, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+    ids, weights = torch.zeros(rows, top_k, dtype=torch.int32), torch.zeros(rows, top_k)
+    x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
+    p2p.plan_dispatch(ids, tables, plan, torch.zeros(2, 2, num_experts, dtype=torch.int64), words, 0)
+    p2p.put_tokens(x, weights, plan, message, addresses, addresses, words, 0, 4)
+    p2p.wait_partials(plan, torch.zeros(num_shards, 32, dtype=torch.int32), words, 1)
+    partials = torch.zeros(num_shards, rows, hidden, dtype=message.partial_dtype)
+    for local in (None, torch.zeros(rows, hidden)):
+        p2p.combine_partials(partials, plan, x, local)
+    job = p2p.Job.allocate(message, rows, cpu)
+    p2p.collect(1, 64, addresses, words, message, job, rows)
+    p2p.return_partials(partials[0], job, addresses, addresses, words, 1, rows)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1])))

@@ -1,0 +1,167 @@
+"""Routers and shards small enough for Triton's interpreter, and for the twins: their buffers lie in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+
+from ep.kernels import p2p_layout as layout
+from ep.kernels.p2p import Job, Plan, Tables
+from ep.kernels.p2p_layout import Header, MessageShape
+
+HIDDEN = 256
+
+
+@dataclass(frozen=True)
+class World:
+    """One router and its S shards, each of which has one job's buffers. `copy` gives another with the same contents."""
+
+    message: MessageShape
+    tables: Tables
+    plan: Plan
+    load: torch.Tensor
+    words: torch.Tensor
+    host: torch.Tensor
+    inbox: torch.Tensor
+    mailboxes: torch.Tensor
+    box: torch.Tensor
+    jobs: list[Job]
+    rings: torch.Tensor
+    shard_words: torch.Tensor
+    done: torch.Tensor
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.inbox)
+
+    @property
+    def flags(self) -> torch.Tensor:
+        flags = self.box[: self.num_shards * layout.LINE].view(torch.int32)
+        return flags.view(self.num_shards, layout.LINE // 4)
+
+    @property
+    def partials(self) -> torch.Tensor:
+        values = self.box[self.message.partials_offset(self.num_shards) :].view(self.num_shards, -1)
+        size = self.message.max_tokens * self.message.hidden
+        shape = (self.num_shards, self.message.max_tokens, self.message.hidden)
+        return values.view(self.message.partial_dtype)[:, :size].view(shape)
+
+    def addresses(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of its rows, on the device."""
+        return torch.tensor([row.data_ptr() for row in tensor], device=self.words.device)
+
+
+def make_tables(num_layers: int, num_experts: int, num_shards: int, num_slots: int, seed: int) -> Tables:
+    """A random placement: every expert once, then replicas on other shards while slots are free."""
+    generator = torch.Generator().manual_seed(seed)
+    replicas = torch.full((num_layers, num_experts, num_shards), -1, dtype=torch.int32)
+    num_replicas = torch.zeros(num_layers, num_experts, dtype=torch.int32)
+    for layer in range(num_layers):
+        free = torch.randperm(num_shards * num_slots, generator=generator).tolist()
+        owners: dict[int, set[int]] = {}
+        for turn, slot in enumerate(free):
+            expert, shard = turn % num_experts, slot // num_slots
+            if shard in owners.setdefault(expert, set()):
+                continue
+            owners[expert].add(shard)
+            replicas[layer, expert, num_replicas[layer, expert]] = slot
+            num_replicas[layer, expert] += 1
+    return Tables(replicas, num_replicas, num_slots)
+
+
+def make_world(
+    num_shards: int = 3, max_tokens: int = 8, top_k: int = 3, dtype: torch.dtype = torch.float8_e4m3fn,
+    partial_dtype: torch.dtype = torch.bfloat16, seed: int = 0, local_shard: int = -1, first_seq: int = 0,
+    num_experts: int = 8,
+) -> World:  # fmt: skip
+    message = MessageShape(max_tokens, HIDDEN, top_k, dtype, partial_dtype)
+    words = torch.zeros(layout.NUM_WORDS, dtype=torch.int32)
+    words[layout.NUM_TOKENS], words[layout.SEQ] = 1 << 30, first_seq
+    world = World(
+        message,
+        make_tables(2, num_experts, num_shards, -(-num_experts // num_shards) + 2, seed),
+        Plan.allocate(max_tokens, top_k, num_shards, torch.device("cpu"), local_shard),
+        torch.zeros(2, 2, num_experts, dtype=torch.int64),
+        words,
+        torch.zeros(layout.router_words(num_shards), dtype=torch.int32),
+        torch.zeros(num_shards, message.inbox_bytes, dtype=torch.uint8),
+        torch.zeros(num_shards, 1, dtype=torch.int64),
+        torch.zeros(message.return_bytes(num_shards), dtype=torch.uint8),
+        [Job.allocate(message, max_tokens, torch.device("cpu")) for _ in range(num_shards)],
+        torch.zeros(num_shards, 4, layout.JOB_WORDS, dtype=torch.int32),
+        torch.zeros(num_shards, layout.NUM_WORDS, dtype=torch.int32),
+        torch.zeros(num_shards, 1, dtype=torch.int32),
+    )
+    world.flags[:, 0] = first_seq
+    return world
+
+
+IN_HOST_MEMORY = ("host", "mailboxes", "rings", "done")
+
+
+def copy(world: World, device: str = "cpu") -> World:
+    """The same in memory of its own, on a GPU if so asked."""
+
+    def clone(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.clone().to(device)
+
+    def clones(record: object) -> dict[str, torch.Tensor | None]:
+        return {name: clone(value) for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
+
+    tensors = clones(world)
+    for name in IN_HOST_MEMORY if device != "cpu" else ():
+        tensors[name] = getattr(world, name).clone().pin_memory()
+    return replace(
+        world,
+        tables=replace(world.tables, **clones(world.tables)),
+        plan=replace(world.plan, **clones(world.plan)),
+        jobs=[replace(job, **clones(job)) for job in world.jobs],
+        **tensors,
+    )
+
+
+def run_router(
+    ops: ModuleType, world: World, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int = 0
+) -> None:
+    inboxes, mailboxes = world.addresses(world.inbox), world.addresses(world.mailboxes)
+    ops.plan_dispatch(ids, world.tables, world.plan, world.load, world.words, 1, first)
+    ops.put_tokens(
+        x, weights, world.plan, world.message, inboxes, mailboxes, world.words, 1, world.tables.slots_per_shard
+    )
+
+
+def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1) -> None:
+    """Every shard that has a message answers it: each row's partial is what its values stand for, times its weights."""
+    message = world.message
+    for shard in range(world.num_shards):
+        header = Header.unpack(int(world.mailboxes[shard]))
+        if header.seq != seq:
+            continue
+        job, words = world.jobs[shard], world.shard_words[shard]
+        post_job(world, shard, header, parts)
+        capacity = header.num_tokens + 1
+        inboxes = world.addresses(world.inbox[shard : shard + 1])
+        ops.collect(world.rings[shard].data_ptr(), 4, inboxes, words, message, job, capacity)
+        values = job.rows.float()
+        if job.scales is not None:
+            values = values * job.scales.repeat_interleave(128, 1)
+        here = torch.where(job.slot_ids >= 0, job.weights, 0)
+        total = sum(here[:, k : k + 1] for k in range(message.top_k))  # in order: the same bits everywhere
+        boxes = world.addresses(world.partials[shard : shard + 1])
+        flags = world.addresses(world.flags[shard : shard + 1])
+        partials = (values * total).to(message.partial_dtype)
+        ops.return_partials(partials, job, boxes, flags, words, world.done[shard].data_ptr(), capacity)
+
+
+def post_job(world: World, shard: int, header: Header, parts: int = 1) -> None:
+    """The newest job of a shard: the router's message, as `parts` pieces, the last of which ends it."""
+    job = world.rings[shard, int(world.shard_words[shard, layout.JOB]) % world.rings.shape[1]]
+    job.zero_()
+    job[layout.JOB_TOKENS], job[layout.JOB_LAYER] = header.num_tokens, header.layer_pos
+    table = job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * layout.MAX_JOINED].view(5, layout.MAX_JOINED)
+    table[0] = -1
+    for part in range(parts):
+        first, end = header.num_tokens * part // parts, header.num_tokens * (part + 1) // parts
+        table[:, part] = torch.tensor([0, first, end - first, header.seq, int(part == parts - 1)])

@@ -1,0 +1,171 @@
+"""The kernels of the ipc data plane against their torch twins, bit for bit, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep.kernels import p2p, p2p_layout, p2p_reference
+from ep.kernels.p2p_layout import Header, MessageShape, pack_header
+from tests.unit.kernel_cases import on_cpu
+from tests.unit.p2p_cases import World, copy, make_world, run_router, run_shards
+
+BOTH = (p2p, p2p_reference)
+INT32_MAX = 2**31 - 1
+
+
+def assert_same(ours: World, twins: World, num_rows: int) -> None:
+    """Everything that a kernel writes; what lies beyond a message's rows was zero and must be."""
+    for name in ("slots", "local_slots", "counts"):
+        assert torch.equal(getattr(ours.plan, name), getattr(twins.plan, name)), name
+    assert torch.equal(ours.plan.position[:, :num_rows], twins.plan.position[:, :num_rows])
+    for name in ("load", "inbox", "mailboxes", "box", "shard_words", "done"):
+        assert torch.equal(getattr(ours, name), getattr(twins, name)), name
+    assert ours.words[p2p_layout.SEQ] == twins.words[p2p_layout.SEQ]
+
+
+routers = {
+    "num_shards": st.integers(1, 5),
+    "top_k": st.integers(1, 5),
+    "num_rows": st.integers(1, 7),
+    "seed": st.integers(0, 2**31),
+}
+
+
+@on_cpu
+@settings(max_examples=15)
+@given(
+    **routers,
+    num_tokens=st.integers(0, 9),
+    num_decode=st.integers(0, 9),
+    first=st.integers(0, 4),
+    dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.bfloat16]),
+    local_shard=st.integers(-1, 4),
+    first_seq=st.sampled_from([0, 5, INT32_MAX, -1]),
+)
+def test_messages_are_the_twins(
+    num_shards: int, top_k: int, num_rows: int, seed: int, num_tokens: int, num_decode: int, first: int,
+    dtype: torch.dtype, local_shard: int, first_seq: int,
+) -> None:  # fmt: skip
+    world = make_world(
+        num_shards, top_k=top_k, dtype=dtype, seed=seed, local_shard=min(local_shard, num_shards - 1),
+        first_seq=first_seq,
+    )  # fmt: skip
+    world.words[p2p_layout.NUM_TOKENS], world.words[p2p_layout.NUM_DECODE] = num_tokens, num_decode
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, world.message.hidden, generator=generator).bfloat16()
+    ids = torch.randint(0, 8, (num_rows, top_k), generator=generator, dtype=torch.int32)
+    weights = torch.rand(num_rows, top_k, generator=generator)
+    worlds = (world, copy(world))
+    for ops, each in zip(BOTH, worlds, strict=True):
+        run_router(ops, each, x, ids, weights, first)
+    assert_same(*worlds, num_rows)
+
+
+@on_cpu
+@settings(max_examples=8)
+@given(
+    **routers,
+    parts=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float8_e4m3fn, torch.bfloat16]),
+    partial_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    has_local=st.booleans(),
+    first_seq=st.sampled_from([0, INT32_MAX]),
+)
+def test_round_trips_are_the_twins(
+    num_shards: int, top_k: int, num_rows: int, seed: int, parts: int, dtype: torch.dtype, partial_dtype: torch.dtype,
+    has_local: bool, first_seq: int,
+) -> None:  # fmt: skip
+    local_shard = num_shards - 1 if has_local else -1
+    world = make_world(
+        num_shards, top_k=top_k, dtype=dtype, partial_dtype=partial_dtype, seed=seed, local_shard=local_shard,
+        first_seq=first_seq,
+    )  # fmt: skip
+    worlds, outs = (world, copy(world)), []
+    generator = torch.Generator().manual_seed(seed)
+    for num in (num_rows, max(num_rows // 2, 1)):  # the second call finds the first one's leavings
+        x = torch.randn(num, world.message.hidden, generator=generator).bfloat16()
+        ids = torch.randint(0, 8, (num, top_k), generator=generator, dtype=torch.int32)
+        weights = torch.rand(num, top_k, generator=generator)
+        local = torch.randn(num, world.message.hidden, generator=generator) if has_local else None
+        outs = []
+        for ops, each in zip(BOTH, worlds, strict=True):
+            run_router(ops, each, x, ids, weights)
+            run_shards(ops, each, int(each.words[p2p_layout.SEQ]), parts)
+            ops.wait_partials(each.plan, each.flags, each.words, each.host.data_ptr())
+            assert not each.words[p2p_layout.FAILED]
+            out = torch.full_like(x, float("nan"))
+            ops.combine_partials(each.partials, each.plan, out, local)
+            outs.append(out)
+        assert_same(*worlds, num)
+        assert torch.equal(*outs)
+        if not has_local:  # every token went to all of its experts, exactly once
+            expected = x.float() * weights.sum(1, keepdim=True)
+            torch.testing.assert_close(outs[0].float(), expected, rtol=0.1, atol=0.2)
+
+
+@on_cpu
+@settings(max_examples=5)
+@given(num_rows=st.integers(1, 600), seed=st.integers(0, 2**31), hot=st.booleans())
+def test_pairs_of_an_expert_are_dealt_out_evenly(num_rows: int, seed: int, hot: bool) -> None:
+    world = make_world(4, max_tokens=600, top_k=2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 2 if hot else 8, (num_rows, 2), generator=generator, dtype=torch.int32)
+    p2p.plan_dispatch(ids, world.tables, world.plan, world.load, world.words, 0)
+    windows = -(-num_rows // p2p.WINDOW)
+    for expert in range(8):
+        slots = world.plan.slots[:num_rows][ids == expert]
+        num_replicas = int(world.tables.num_replicas[0, expert])
+        counts = [int((slots == slot).sum()) for slot in world.tables.replicas[0, expert, :num_replicas]]
+        assert sum(counts) == len(slots) == world.load[0, 0, expert]
+        assert max(counts) - min(counts) <= windows
+
+
+@on_cpu
+@pytest.mark.parametrize("ops", BOTH)
+def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
+    world = make_world(3)
+    x = torch.randn(4, world.message.hidden).bfloat16()
+    ids, weights = torch.arange(12).remainder(8).int().view(4, 3), torch.rand(4, 3)
+    run_router(ops, world, x, ids, weights)
+    awaited = world.plan.counts > 0
+    answered = int(awaited.nonzero()[0])
+    world.flags[answered, 0] = 1
+    world.host[p2p_layout.ABORT] = 1
+    ops.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr())
+    assert world.words[p2p_layout.FAILED] == 1
+    assert world.host[p2p_layout.FAILED_SEQ] == 1
+    late = world.host[p2p_layout.LATE : p2p_layout.LATE + 3].bool()
+    assert torch.equal(late, awaited & (torch.arange(3) != answered))
+    before = world.inbox.clone(), world.mailboxes.clone()
+    run_router(ops, world, x + 1, ids, weights)
+    ops.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr())
+    assert torch.equal(world.inbox, before[0]) and torch.equal(world.mailboxes, before[1])
+    assert world.host[p2p_layout.FAILED_SEQ] == 1
+
+
+@given(seq=st.integers(-(2**31), INT32_MAX), layer=st.integers(0, 2047), tokens=st.integers(0, 2**20 - 1))
+def test_headers_survive_packing(seq: int, layer: int, tokens: int) -> None:
+    assert Header.unpack(pack_header(seq, layer, tokens)) == Header(seq, layer, tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden": 200}, "hidden size is 200"),
+        ({"max_tokens": 0}, "0 tokens in a message"),
+        ({"top_k": 65}, "65 choices"),
+        ({"dtype": torch.float16}, "rows are torch.float16"),
+        ({"partial_dtype": torch.float16}, "partials are torch.float16"),
+    ],
+)
+def test_what_is_not_supported(change: dict[str, object], reason: str) -> None:
+    good = {"max_tokens": 8, "hidden": 256, "top_k": 2, "dtype": torch.bfloat16}
+    assert p2p.supports(MessageShape(**good), 2, 58) == (True, "ok")
+    assert reason in p2p.supports(MessageShape(**{**good, **change}), 2, 58)[1]
+    assert "0 shards" in p2p.supports(MessageShape(**good), 0, 58)[1]
+    assert "3000 MoE layers" in p2p.supports(MessageShape(**good), 2, 3000)[1]
