@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from click.testing import CliRunner
@@ -15,9 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep.bench.compare import BETTER, SAME, WORSE, Comparison, compare, read_result
+from ep.bench.decode_latency import DecodeLatency
 from ep.bench.figures import HIGHER, LOWER, figures
-from ep.bench.placement import PlacementBenchOptions, run
+from ep.bench.kernels import KernelBench
+from ep.bench.placement import PlacementBench
+from ep.bench.rebalance import RebalanceBench
 from ep.bench.result import print_json
+from ep.bench.serve import ServeBench
+from ep.bench.transport import TransportBench
 from ep.cli import cli
 from ep.errors import OptionError
 
@@ -87,36 +92,64 @@ def test_ours_is_judged_by_its_direction_and_native_is_not(result: dict[str, Any
 
 
 def halved(value: Any) -> Any:
-    """Every number of a result halved: times better, rates worse."""
+    """Every time and rate of a result halved: times become better, rates worse."""
     if isinstance(value, dict):
-        return {key: halved(one) for key, one in value.items()}
+        return {key: one if key == "point" else halved(one) for key, one in value.items()}
     if isinstance(value, list):
         return [halved(one) for one in value]
     return value / 2 if isinstance(value, float) else value
 
 
-def placement(folder: Path) -> Path:
-    options = PlacementBenchOptions(1, 16, ("zipf-1.0",), (4,), (0,), num_tokens=16, top_k=2, repeats=1)
-    print_json("placement", run(options), str(folder / "placement.json"))
-    return folder / "placement.json"
+def filled(kind: Any) -> Any:
+    """A value of that type, as benchmarks' results are typed: the same number everywhere."""
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{field.name: filled(hints[field.name]) for field in dataclasses.fields(kind)})
+    arguments = [one for one in get_args(kind) if one not in (type(None), Ellipsis)]
+    if get_origin(kind) is tuple:
+        return tuple(filled(one) for one in arguments)
+    if get_origin(kind) is dict:
+        return {filled(arguments[0]): filled(arguments[1])}
+    if arguments:  # X | None
+        return filled(arguments[0])
+    return kind(2) if kind in (int, float, str, bool) else None
 
 
-@pytest.mark.parametrize("make", [placement, lambda _: KERNELS], ids=["placement", "kernels"])
-def test_the_files_that_benchmarks_write(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    result = read_result(str(make(tmp_path)))
+RESULTS = {
+    "serve": ServeBench,
+    "decode-latency": DecodeLatency,
+    "rebalance": RebalanceBench,
+    "placement": PlacementBench,
+    "transport": TransportBench,
+    "kernels": KernelBench,
+}
+
+
+@pytest.mark.parametrize("bench", RESULTS)
+def test_every_benchmark_writes_what_compare_reads(bench: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    print_json(bench, filled(RESULTS[bench]), str(path))
+    result = read_result(str(path))
     found = compare(result, halved(result), 0.05)
     ours = [change for change in found.changes if change.better in (HIGHER, LOWER)]
-    assert ours and all(change.verdict == (SAME if change.before == 0 else BETTER) for change in ours)
+    assert ours
+    for change in ours:
+        by_direction = BETTER if change.better == LOWER else WORSE
+        assert change.verdict == (SAME if change.before == change.after else by_direction)
     assert {change.verdict for change in found.changes if change not in ours} <= {SAME}
-    assert compare(halved(result), result, 0.05).regressions
+
+
+def test_a_file_that_is_kept() -> None:
+    result = read_result(str(KERNELS))
+    assert compare(halved(result), result, 0.05).regressions and not compare(result, halved(result), 0.05).regressions
 
 
 @given(st.recursive(st.none() | st.booleans() | TIMES | st.text(max_size=5), lambda s: st.lists(s, max_size=3)))
 def test_what_is_no_result_is_named(junk: Any) -> None:
-    for bench in ("serve", "decode-latency", "transport", "kernels", "rebalance", "placement"):
+    for bench in ("serve", "decode-latency", "nodes", "soak", "transport", "kernels", "rebalance", "placement"):
         result = {"bench": bench, "points": junk, "round_trips": junk, "times": junk, "results": junk, "lengths": junk}
         try:
-            assert figures(result, "x.json") == [] and bench != "rebalance"
+            assert figures(result, "x.json") == [] and bench not in ("rebalance", "soak")
         except OptionError as error:
             assert f"x.json: is no result of this version's ep bench {bench}" in str(error)
 
