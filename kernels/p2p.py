@@ -4,8 +4,8 @@
                       └─ rows ─> inboxes, header ─> mailboxes        ^
     shard              (a host thread sees it)  collect ─> experts ─> return: partials, flags
 
-Static shapes, counts that live on the device, no allocation and no word from a host: all of it may be captured in graphs.
-One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has the torch twins.
+Static shapes, counts that live on the device, no allocation, no word from a host: all of it may be captured in graphs.
+One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has torch twins.
 
 Shapes: T rows of a call, K choices per token, H hidden, S shards, P slots per shard, L MoE layers, E logical experts, R
 replicas of an expert at most, N routers of a shard, C capacity of a job.
@@ -58,8 +58,8 @@ class Plan:
     """Where the tokens of one call go. Allocated once for max_tokens; a call of T rows uses the first T.
 
     slots [T, K] int32: global slots, -1 for a row that is padding. local_slots [T, K] int32: those of local_shard in
-    its own numbering, -1 for all others. position [S, max_tokens] int32: the row of a token in a shard's message, -1 for
-    none; always -1 for local_shard. counts [S] int32: rows of each message.
+    its own numbering, -1 for all others. position [S, max_tokens] int32: the row of a token in a shard's message, -1
+    for none; always -1 for local_shard. counts [S] int32: rows of each message.
     """
 
     slots: torch.Tensor

@@ -70,6 +70,8 @@ LAYERS = (
             "ep.router",
             "ep.graph_router",
             "ep.shard",
+            "ep.ipc_jobs",
+            "ep.ipc_server",
             "ep.mover",
         ),
         frozenset({"torch", "numpy"}),
