@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from ep.cluster.hosts import HostWatch, live_hosts
 from ep.cluster.rebalancer import Outcome, RebalanceOptions, Rebalancer
 from ep.cluster.shard_actor import ShardActor, ShardSetup
 from ep.errors import ClusterError, ShardLostError, UserError
@@ -28,17 +30,22 @@ if TYPE_CHECKING:
 MAX_FAILURES = 3
 _PING_TIMEOUT_S = 2.0
 _BACKOFF_S, _MAX_BACKOFF_S = 0.1, 10.0
+_LOOK_FOR_ROOM_S = 1.0
+
+
+class NoRoomError(ClusterError):
+    """A shard's host is lost and no other has room for it, for now."""
 
 
 @dataclass(frozen=True)
 class CoordinatorSetup:
-    """num_cpus, num_gpus: what each shard takes from its placement group bundle."""
+    """hosts: the address of each shard's bundle. num_cpus, num_gpus: what each shard takes from it."""
 
     link: Link
     model: str
     checkpoint: str
     placement: dict[str, Any]
-    num_shards: int
+    hosts: tuple[str, ...]
     num_threads: int
     num_cpus: float
     num_gpus: float
@@ -59,6 +66,7 @@ class Member:
 @dataclass
 class _Shard:
     shard_idx: int
+    host: str
     incarnation: int = 0
     state: str = "waiting"
     actor: Any = None
@@ -74,13 +82,15 @@ class Coordinator:
         self._setup = setup
         self._group = placement_group
         self._changed = threading.Condition()
-        self._shards = [_Shard(i) for i in range(setup.num_shards)]
+        self._shards = [_Shard(i, host) for i, host in enumerate(setup.hosts)]
+        self._hosts = HostWatch(dict.fromkeys(setup.hosts), self._lose_host)
         self._phases: dict[int, str] = {}
         self._user_error: UserError | None = None
         self._closing = False
         self._placement = Placement.from_dict(setup.placement)
         self._coming: Placement | None = None
         self._started_at = time.time()
+        self._hosts.start()
         for shard in self._shards:
             threading.Thread(
                 target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}"
@@ -150,18 +160,19 @@ class Coordinator:
     def progress(self) -> dict[str, Any]:
         """For the terminal while things start: state and experts loaded of every shard, phase of every router."""
         calls = {s.shard_idx: s.actor.progress.remote() for s in self._shards if s.actor is not None}
-        loaded = {idx: _get(ref, (0, 0)) for idx, ref in calls.items()}
+        loaded = _answers(calls)
         shards = [{"state": s.state, "experts": loaded.get(s.shard_idx, (0, 0))} for s in self._shards]
         return {"shards": shards, "routers": dict(self._phases)}
 
     def status(self) -> dict[str, Any]:
         """Everything that `ep status` prints of the shards and the instance."""
         calls = {s.shard_idx: s.actor.status.remote() for s in self._shards if s.state == "up"}
-        live = {idx: _get(ref, {}) for idx, ref in calls.items()}
+        live = _answers(calls)
         shards = [
             {
                 "shard_idx": s.shard_idx,
-                "state": s.state,
+                "host": s.host,
+                "state": "no answer" if s.shard_idx in calls and s.shard_idx not in live else s.state,
                 "incarnation": s.incarnation,
                 "restart_seconds": s.restarts,
                 "error": s.error,
@@ -178,6 +189,7 @@ class Coordinator:
             "num_routers": self._setup.link.num_routers,
             "uptime_s": time.time() - self._started_at,
             "routers": dict(self._phases),
+            "hosts": self._hosts.status(),
             "shards": shards,
         } | self._rebalancer.status()
 
@@ -203,14 +215,16 @@ class Coordinator:
                 failures += 1
                 final = not was_up and (isinstance(error, UserError) or failures >= MAX_FAILURES)
                 with self._changed:
-                    shard.error = str(error).strip().splitlines()[-1]
-                    shard.state = "failed" if final or failures >= MAX_FAILURES else "waiting"
+                    shard.error = self._why(shard, str(error).strip().splitlines()[-1])
+                    out = final or failures >= MAX_FAILURES or isinstance(error, NoRoomError)
+                    shard.state = "failed" if out else "waiting"
                     if final and isinstance(error, UserError):
                         self._user_error = error
                     self._changed.notify_all()
                 if final:
                     return
-                time.sleep(min(_BACKOFF_S * 2**failures, _MAX_BACKOFF_S))
+                backoff = min(_BACKOFF_S * 2**failures, _MAX_BACKOFF_S)
+                time.sleep(_LOOK_FOR_ROOM_S if isinstance(error, NoRoomError) else backoff)
                 continue
             if was_up:
                 shard.restarts.append(round(time.monotonic() - lost_at, 3))
@@ -221,12 +235,13 @@ class Coordinator:
                 lost_at = time.monotonic()
                 with self._changed:
                     shard.state, shard.endpoint = "starting", None
-                    shard.error = str(error).strip().splitlines()[0]
+                    shard.error = self._why(shard, str(error).strip().splitlines()[0])
                     self._changed.notify_all()
 
     def _start(self, shard: _Shard) -> None:
         setup = self._setup
         incarnation = shard.incarnation + 1
+        host, strategy = self._place(shard.shard_idx)
         options = {
             "name": setup.link.shard_name(shard.shard_idx, incarnation),
             "namespace": NAMESPACE,
@@ -234,9 +249,8 @@ class Coordinator:
             "num_gpus": setup.num_gpus,
             "max_restarts": 0,
             "max_concurrency": 4,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=shard.shard_idx
-            ),
+            "enable_task_events": False,
+            "scheduling_strategy": strategy,
         }
         with self._changed:
             coming = None if self._coming is None else self._coming.to_dict()
@@ -251,7 +265,10 @@ class Coordinator:
             )
         )
         with self._changed:
-            shard.actor, shard.state, shard.incarnation = actor, "loading", incarnation
+            shard.actor, shard.state, shard.incarnation, shard.host = actor, "loading", incarnation, host
+        if why := self._hosts.lost(host):  # since it was chosen: `_lose_host` did not see this actor
+            ray.kill(actor)
+            raise ClusterError(f"host {host} is lost: {why}")
         try:
             ray.get(actor.load.remote())
             endpoint = ray.get(actor.listen.remote())
@@ -262,6 +279,38 @@ class Coordinator:
         with self._changed:
             shard.endpoint, shard.state, shard.error = endpoint, "up", ""
             self._changed.notify_all()
+
+    def _place(self, shard_idx: int) -> tuple[str, Any]:
+        """Address and scheduling strategy: the shard's own bundle, or any host with room while that one's is lost.
+
+        Raises NoRoomError.
+        """
+        home = self._setup.hosts[shard_idx]
+        why = self._hosts.lost(home)
+        if not why:
+            return home, PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=shard_idx)
+        needs = {"CPU": self._setup.num_cpus, "GPU": self._setup.num_gpus}
+        for host in live_hosts():
+            if host.room(needs) and not self._hosts.lost(host.address):
+                return host.address, NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
+        raise NoRoomError(f"host {home} is lost ({why}), and no other host has {wanted or 'room'} free")
+
+    def _lose_host(self, address: str) -> None:
+        """End the shards there: Ray may take a minute to see that they are out of reach."""
+        with self._changed:
+            there = [s for s in self._shards if s.host == address and s.state in ("up", "loading", "starting")]
+            for shard in there:
+                shard.state, shard.endpoint = "starting", None
+                shard.error = self._why(shard, "")
+        for shard in there:
+            if shard.actor is not None:
+                ray.kill(shard.actor)
+
+    def _why(self, shard: _Shard, said: str) -> str:
+        """The loss of the shard's host, which says more than what Ray said of its actor."""
+        lost = self._hosts.lost(shard.host)
+        return f"host {shard.host} is lost: {lost}" if lost and "is lost" not in said else said
 
     def _give_up(self, shard: _Shard, incarnation: int, reason: str) -> None:
         """End an incarnation that a router cannot reach: a process that hangs is not noticed by Ray."""
@@ -283,8 +332,12 @@ class Coordinator:
         return next((shard for shard in self._shards if shard.state == "failed"), None)
 
 
-def _get(ref: Any, default: Any) -> Any:
-    try:
-        return ray.get(ref, timeout=_PING_TIMEOUT_S)
-    except RayError:
-        return default
+def _answers(calls: dict[int, Any]) -> dict[int, Any]:
+    """What comes back of these calls in time."""
+    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=_PING_TIMEOUT_S) if calls else ([], [])
+    found = {}
+    for idx, ref in calls.items():
+        with suppress(RayError):
+            if ref in ready:
+                found[idx] = ray.get(ref)
+    return found

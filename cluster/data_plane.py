@@ -22,6 +22,7 @@ from ep.link import NAMESPACE
 from ep.placement import Placement
 from ep.router import Router
 from ep.shard import Shard
+from ep.share import Share
 from ep.transport.base import Endpoint, Transport, spec_fingerprint
 from ep.transport.handshake import Greeting
 from ep.transport.local import LocalTransport
@@ -66,19 +67,21 @@ class DataPlane:
         }
 
 
-def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, str]) -> DataPlane:
-    """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler.
+def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, str], share: Share) -> DataPlane:
+    """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler, of which this
+    router dispatches its share.
 
     versions: for the trace's header. Raises CheckpointError, ClusterError, ShardLostError, TraceError.
     """
     checkpoint = Checkpoint(setup.checkpoint)
     spec = checkpoint.spec
     placement = Placement.from_dict(setup.placement)
+    max_tokens = share.length(max_tokens)
     transport: Transport
     replace = None
     endpoints: list[Endpoint] = []
     if setup.transport == "local" and setup.on_gpu:
-        return _open_on_gpu(setup, checkpoint, placement, max_tokens, versions)
+        return _open_on_gpu(setup, checkpoint, placement, max_tokens, versions, share)
     max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
     if setup.transport == "local":
         indices = range(placement.num_shards)
@@ -112,10 +115,15 @@ def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, 
 
 
 def _open_on_gpu(
-    setup: RouterSetup, checkpoint: Checkpoint, placement: Placement, max_tokens: int, versions: Mapping[str, str]
+    setup: RouterSetup,
+    checkpoint: Checkpoint,
+    placement: Placement,
+    max_tokens: int,
+    versions: Mapping[str, str],
+    share: Share,
 ) -> DataPlane:
     """All slots in this process, on its GPU."""
-    device = torch.device("cuda", setup.rank)
+    device = torch.device("cuda", share.rank)
     spec = checkpoint.spec
 
     def open_slots() -> ExpertCompute:

@@ -15,23 +15,30 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ep.cluster.coordinator import Coordinator, CoordinatorSetup
 from ep.cluster.gpus import KEEP_VISIBLE
+from ep.cluster.hosts import live_hosts
 from ep.cluster.rebalancer import RebalanceOptions
 from ep.cluster.router_actor import RouterActor, RouterSetup, end_routers
 from ep.cluster.session import Session
+from ep.cluster.spread import spread
 from ep.errors import ClusterError
 from ep.link import NAMESPACE, Link
 from ep.placement import Placement
 
 _POLL_S = 0.25
+_RESERVE_S = 5.0
+_PIN = 0.001
+"""Of a node's own resource: Ray gives every node 1 of `node:ADDRESS`."""
 _METRICS_S = 10.0
 _SAY_AFTER_S, _SAY_EVERY_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """shard_cpus, shard_gpus: what each shard takes of its node. wait_s: how long to wait for these resources.
+    """shard_cpus, shard_gpus: what each shard takes of its node. num_hosts: that the shards are spread over, None for
+    all that have room. wait_s: how long to wait for these resources.
 
-    trace: path on the routers' node that load is recorded in, None to record nothing.
+    num_routers: router actors, the tensor-parallel ranks of every engine. trace: path on the routers' node that load is
+    recorded in, None to record nothing.
     """
 
     instance: str
@@ -47,6 +54,7 @@ class LaunchOptions:
     shard_threads: int = 1
     shard_cpus: float = 1.0
     shard_gpus: float = 0.0
+    num_hosts: int | None = None
     num_routers: int = 1
     router_threads: int = 1
     on_gpu: bool = False
@@ -80,10 +88,10 @@ class Launch:
         on_wait is told what is missing while resources are waited for. Raises ClusterError when they do not come.
         """
         options = self.options
+        hosts: list[str] = []
         if options.num_shard_actors:
             bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
-            self._group = placement_group([bundle] * options.num_shard_actors, strategy="SPREAD")
-            self._wait_for_resources(bundle, on_wait)
+            hosts = self._reserve(bundle, on_wait)
         here = NodeAffinitySchedulingStrategy(self.session.node_id, soft=False)
         self._coordinator = (
             ray.remote(Coordinator)
@@ -92,6 +100,7 @@ class Launch:
                 namespace=NAMESPACE,
                 num_cpus=0,
                 max_concurrency=64,
+                enable_task_events=False,  # of control calls that never end: the head would keep 100,000 of them
                 scheduling_strategy=here,
             )
             .remote(
@@ -100,7 +109,7 @@ class Launch:
                     model=options.model,
                     checkpoint=options.checkpoint,
                     placement=options.placement.to_dict(),
-                    num_shards=options.num_shard_actors,
+                    hosts=tuple(hosts),
                     num_threads=options.shard_threads,
                     num_cpus=options.shard_cpus,
                     num_gpus=options.shard_gpus,
@@ -121,15 +130,15 @@ class Launch:
             return {"shards": [], "routers": {}}
 
     def metrics(self) -> dict[str, Any]:
-        """What ep/metrics.py shows: the coordinator's status and the metrics of every router that answers.
+        """What ep/metrics.py shows: the coordinator's status and all routers' metrics, or none: a sum that lacks a
+        router would look like counters that go back.
 
-        Raises RayError where the coordinator does not.
+        Raises RayError where the coordinator does not answer.
         """
         calls = [router.metrics.remote() for router in self._routers]
-        routers = []
-        for call in calls:
-            with suppress(ray.exceptions.RayError):
-                routers.append(ray.get(call, timeout=_METRICS_S))
+        routers: list[dict[str, Any]] = []
+        with suppress(ray.exceptions.RayError):
+            routers = ray.get(calls, timeout=_METRICS_S)
         return {"coordinator": ray.get(self._coordinator.status.remote(), timeout=_METRICS_S), "routers": routers}
 
     def set_phase(self, phase: str) -> None:
@@ -189,30 +198,46 @@ class Launch:
                 num_gpus=options.router_gpus,
                 runtime_env={"env_vars": KEEP_VISIBLE} if options.router_gpus else None,
                 max_concurrency=4,
+                enable_task_events=False,
                 scheduling_strategy=here,
             )
             .remote(setup)
         )
 
-    def _wait_for_resources(self, bundle: dict[str, float], on_wait: Callable[[str], None]) -> None:
-        assert self._group is not None
+    def _reserve(self, bundle: dict[str, float], on_wait: Callable[[str], None]) -> list[str]:
+        """The host of each shard, its resources reserved there. Raises ClusterError when they do not come."""
         deadline = time.monotonic() + self.options.wait_s
         quiet_until = time.monotonic() + _SAY_AFTER_S
-        while not self._group.wait(_POLL_S):
+        while True:
+            options = self.options
+            first, *others = live_hosts(self.session.node_id)
+            first = first.without({"GPU": options.router_gpus * options.num_routers})
+            hosts = spread([first, *others], bundle, options.num_shard_actors, options.num_hosts)
+            if hosts is not None:
+                # Each bundle keeps to its host: on another one's loss Ray would move it to wherever there is room.
+                self._group = placement_group([bundle | {f"node:{host}": _PIN} for host in hosts])
+                if self._group.wait(_RESERVE_S):
+                    return hosts
+                remove_placement_group(self._group)  # somebody else was faster
+                self._group = None
             missing = self._missing(bundle)
             if time.monotonic() > deadline:
-                remove_placement_group(self._group)
-                self._group = None
                 raise ClusterError(
                     f"{missing}; gave up after {self.options.wait_s:g} s: add nodes, or lower --shards or --shard-cpus"
                 )
             if time.monotonic() > quiet_until:
                 on_wait(missing)
                 quiet_until = time.monotonic() + _SAY_EVERY_S
+            time.sleep(_POLL_S)
 
     def _missing(self, bundle: dict[str, float]) -> str:
-        num_shards = self.options.placement.num_shards
+        options = self.options
+        num_shards, gpus = options.num_shard_actors, options.router_gpus * options.num_routers
         free, alive = ray.available_resources(), sum(node["Alive"] for node in ray.nodes())
         asked = ", ".join(f"{num_shards} x {amount:g} {name}" for name, amount in bundle.items())
+        if options.num_hosts is not None:
+            asked += f" on {options.num_hosts} nodes"
+        if gpus:
+            asked += f", routers {gpus:g} GPU on this one"
         have = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
         return f"{num_shards} shards need {asked}; free on {alive} node{'s' * (alive != 1)}: {have}"

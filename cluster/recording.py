@@ -14,6 +14,7 @@ from ep.planning.plan import shard_load
 from ep.recorder import LoadRecorder, RecentLoad
 from ep.trace_header import TraceHeader
 from ep.trace_log import TraceLog
+from ep.trace_parts import part_path
 
 if TYPE_CHECKING:
     from ep.cluster.router_actor import RouterSetup
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recording:
-    """A router's load: counted by the recorder, written by the log."""
+    """A router's load: counted by the recorder, written by the log into this router's part of the trace."""
 
     recorder: LoadRecorder
     log: TraceLog
@@ -49,7 +50,7 @@ class Recording:
         nodes = [endpoint.tcp_host or endpoint.node_id for endpoint in endpoints] or [here] * placement.num_shards
         routers = [here] * setup.link.num_routers  # `Launch` puts them all on one node
         header = TraceHeader.now(setup.model, spec, placement, nodes, routers, versions)
-        path = setup.trace if setup.rank == 0 else f"{setup.trace}.{setup.rank}"
+        path = part_path(setup.trace, setup.rank)
         recorder = LoadRecorder(
             spec, placement.num_shards, setup.rank, setup.trace_window_s, token_phases=token_phases
         )

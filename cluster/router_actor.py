@@ -21,6 +21,7 @@ from ep.cluster.session import restore_priority
 from ep.cluster.step_queue import StepQueue
 from ep.errors import ClusterError, TraceError
 from ep.link import NAMESPACE, Link
+from ep.share import Share
 
 if TYPE_CHECKING:
     from ep.cluster.data_plane import DataPlane
@@ -38,8 +39,8 @@ FAILED = "failed: "
 class RouterSetup:
     """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
 
-    on_gpu: whether attention, and slots in this process, are computed by a GPU.
-    model: its name. trace: path of the file that load is recorded in, None to record nothing.
+    rank: among all routers of the instance. on_gpu: whether attention, and slots in this process, are computed by a
+    GPU. model: its name. trace: path of the file that load is recorded in, None to record nothing.
     """
 
     link: Link
@@ -68,7 +69,6 @@ class RouterActor:
         os.environ.update(setup.environment)
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
         restore_priority()
-        claim(setup.rank)
         self._setup = setup
         self._data_plane: DataPlane | None = None
         self._worker: Any = None
@@ -78,7 +78,7 @@ class RouterActor:
         self._jobs.put((self._import_vllm, Future()))
 
     def init_method(self) -> str:
-        """The rendezvous of torch.distributed among the routers of one model replica."""
+        """The rendezvous of torch.distributed among the routers of one engine."""
         from vllm.utils import network_utils as network
 
         if hasattr(network, "get_file_store_init_method"):
@@ -173,17 +173,23 @@ class RouterActor:
         from ep.cluster.data_plane import open_data_plane
         from ep.cluster.worker import RouterWorker
         from ep.engine.ops import bind_router
+        from ep.group_router import GroupRouter
+        from ep.router import Router
 
         _configure_logging(vllm_config)
         load_general_plugins()
         self._phase("waiting for the shards")
         versions = {"ep": __version__, "vllm": vllm.__version__, "torch": torch.__version__}
+        group_size = vllm_config.parallel_config.world_size
+        rank = self._setup.rank % group_size
+        share = Share(rank, group_size)
+        claim(rank)  # where vLLM's worker of this rank looks for its GPU
         self._data_plane = open_data_plane(
-            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions
+            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions, share
         )
-        bind_router(self._data_plane.router)
+        router = self._data_plane.router
+        bind_router(GroupRouter(router, share) if group_size > 1 and isinstance(router, Router) else router)
         self._phase("loading attention weights")
-        rank = self._setup.rank
         assert self._steps is not None, "connect comes before start"
         self._worker = RouterWorker(
             self._steps,
@@ -193,7 +199,7 @@ class RouterActor:
             rank=rank,
             distributed_init_method=init_method,
             shared_worker_lock=threading.Lock(),
-            is_driver_worker=rank % vllm_config.parallel_config.tensor_parallel_size == 0,
+            is_driver_worker=rank == 0,
         )
         self._phase("warming up")
 
@@ -215,6 +221,8 @@ def end_routers(routers: Sequence[Any]) -> None:
     """End the processes of these actors, once their traces are written."""
     import ray
 
+    if not ray.is_initialized():  # at the end of an engine's process, and the first call would start a Ray of its own
+        return
     with suppress(ray.exceptions.RayError):  # one that is gone, or that hangs, writes no more
         ray.get([router.end_trace.remote() for router in routers], timeout=_END_TRACE_S)
     for router in routers:

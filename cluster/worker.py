@@ -22,24 +22,33 @@ class RouterWorker(WorkerProc):
     def __init__(self, steps: StepQueue, between_steps: threading.Lock, vllm_config: Any, **options: Any) -> None:
         self._steps = steps
         super().__init__(input_shm_handle=None, vllm_config=vllm_config, **options)
-        execute_model = self.worker.execute_model
+        execute_model, sample_tokens = self.worker.execute_model, self.worker.sample_tokens
+        self._unsampled = False
         # The engine fills a grammar's mask in between the two halves of a step, or runs ahead of them: else one call
         # does both, and the engine is woken once a step.
         at_once = not vllm_config.scheduler_config.async_scheduling
 
         def execute_or_fail(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._unsampled:  # another router of this engine could not compute the step before
+                sample(None)
             try:
                 sizes = scheduler_output.num_scheduled_tokens
                 with between_steps, bound_router().step(scheduler_output.total_num_scheduled_tokens, len(sizes)):
                     output = execute_model(scheduler_output, *args, **kwargs)
             except TransportError as error:
                 logger.error("step failed: %s", error)
+                sample_tokens(None)  # of a step that went on beside others; else there is nothing to sample
                 return FailedStep(str(error))
             if output is None and at_once and not getattr(scheduler_output, "has_structured_output_requests", True):
-                return self.worker.sample_tokens(None)
+                return sample_tokens(None)
+            self._unsampled = output is None
             return output
 
-        self.worker.execute_model = execute_or_fail
+        def sample(grammar_output: Any) -> Any:
+            self._unsampled = False
+            return sample_tokens(grammar_output)
+
+        self.worker.execute_model, self.worker.sample_tokens = execute_or_fail, sample
 
     def _init_message_queues(self, *_: Any) -> None:
         self.rpc_broadcast_mq = self.worker_response_mq = self._steps

@@ -8,7 +8,10 @@ from typing import Any
 import click
 
 from ep import __version__
+from ep.bench.cli import bench
 from ep.errors import EpError
+from ep.explain.cli import explain
+from ep.options import TRANSPORTS, FlagsForVllm, given
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,9 +20,8 @@ def cli() -> None:
     """Expert-parallel serving of Mixture-of-Experts models on Ray."""
 
 
-@cli.command()
+@cli.command(cls=FlagsForVllm)
 @click.argument("model")
-@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 @click.option("--checkpoint", metavar="DIR", help="Hugging Face checkpoint to serve.")
 @click.option("--synthetic", is_flag=True, help="Serve the small stand-in with made-up weights.")
 @click.option(
@@ -28,12 +30,13 @@ def cli() -> None:
     help="With --synthetic: so many layers of the published shapes; their weights are made where they are held.",
 )
 @click.option("--shards", type=click.IntRange(1), help="Shards that the experts are split over. [default: up to 2]")
+@click.option("--nodes", type=click.IntRange(1), help="Nodes of the cluster to spread them over. [default: all]")
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option(
     "--transport",
-    type=click.Choice(["socket", "local"]),
+    type=click.Choice(TRANSPORTS),
     default="socket",
     show_default=True,
     help="socket: shards in actors of their own. local: all slots in the router's process.",
@@ -67,6 +70,27 @@ def cli() -> None:
     "--shard-cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="CPUs each shard reserves."
 )
 @click.option("--shard-threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--shard-gpus",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="GPUs each shard reserves where vLLM computes on GPUs; below 1 several actors share one, and its time.",
+)
+@click.option(
+    "--router-gpus",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="The same for each router.",
+)
+@click.option(
+    "--routers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Engines behind the server, each with attention and KV cache of its own, on the same shards.",
+)
 @click.option("--router-threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
     "--redundant", type=click.IntRange(0), default=0, show_default=True, help="Replicas of experts in each layer."
@@ -100,6 +124,7 @@ def serve(**options: Any) -> None:
     run(ServeOptions(**options))
 
 
+cli.add_command(explain)
 _ADDRESS = click.option("--address", default="auto", show_default=True, metavar="HOST:PORT|auto")
 
 
@@ -221,117 +246,10 @@ def tune(**options: Any) -> None:
     """Measure the best kernel tiles for MODEL's experts on this machine's GPUs; an interrupted run goes on."""
     from ep.tune import TuneOptions, run
 
-    run(TuneOptions(**_given(options)))
+    run(TuneOptions(**given(options)))
 
 
-@cli.group()
-def bench() -> None:
-    """Measurements, each beside a baseline of the same run: a table, then one line of JSON."""
-
-
-_OUTPUT = click.option("--output", metavar="FILE", help="Write the JSON here too.")
-
-
-@bench.command("serve")
-@click.argument("model", default="deepseek-v3")
-@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
-@click.option("--url", help="Measure this running server instead of starting one.")
-@click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
-@click.option("--checkpoint", metavar="DIR")
-@click.option("--layers", type=click.IntRange(1), help="So many layers of the published shapes, with made-up weights.")
-@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--output-len", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--num-prompts", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--shards", type=click.IntRange(1), help="Shards of the server that is started.")
-@click.option("--verbose", is_flag=True)
-@_OUTPUT
-def bench_serve(shards: int | None, verbose: bool, **options: Any) -> None:
-    """Throughput and latency of a server under vLLM's own benchmark client; vLLM flags follow `--`."""
-    from ep.bench.serve import ServeBenchOptions, run, show
-    from ep.terminal import Terminal
-
-    terminal = Terminal(verbose)
-    flags = ("--shards", str(shards)) if shards is not None else ()
-    show(run(ServeBenchOptions(ep_flags=flags, **options), terminal), terminal.console)
-
-
-@bench.command("rebalance")
-@click.argument("model", default="deepseek-v3")
-@click.option("--checkpoint", metavar="DIR")
-@click.option("--shards", type=click.IntRange(2), default=4, show_default=True)
-@click.option("--redundant", type=click.IntRange(0), default=0, show_default=True, help="Replicas in each layer.")
-@click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--num-prompts", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--input-len", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--output-len", type=click.IntRange(2), default=400, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@_OUTPUT
-def bench_rebalance(**options: Any) -> None:
-    """What moving experts costs the streams that are being served, and what it gives them."""
-    from ep.bench.rebalance import RebalanceBenchOptions, run, show
-    from ep.terminal import Terminal
-
-    terminal = Terminal()
-    show(run(RebalanceBenchOptions(**options), terminal), terminal.console)
-
-
-@bench.command("transport")
-@click.option("--num-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--hidden-size", type=click.IntRange(1), default=7168, show_default=True)
-@click.option("--shards", type=click.IntRange(1), multiple=True, default=(2, 4), show_default=True)
-@click.option("--ways", multiple=True, default=("shm", "tcp", "gloo"), show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=400, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@_OUTPUT
-def bench_transport(**options: Any) -> None:
-    """Round trips without compute between real processes, over shared memory, TCP and gloo."""
-    from ep.bench.transport import TransportBenchOptions, report, run
-
-    report(run(TransportBenchOptions(**options)))
-
-
-@bench.command("kernels")
-@click.option("--model", default="deepseek-v3", show_default=True, help="A preset or a checkpoint's directory.")
-@click.option("--slots", type=click.IntRange(1), default=32, show_default=True, help="Expert slots of the shard.")
-@click.option(
-    "--tokens",
-    type=click.IntRange(1),
-    multiple=True,
-    help="Rows that reach the shard; may be repeated. [default: 1 to 16384]",
-)
-@click.option("--baselines/--no-baselines", default=True, show_default=True, help="vLLM and DeepGEMM where installed.")
-@_OUTPUT
-def bench_kernels(**options: Any) -> None:
-    """A shard's GPU kernels beside vLLM's and DeepGEMM's, and beside what the device can do."""
-    from ep.bench.kernels import KernelBenchOptions, run
-
-    run(KernelBenchOptions(**_given(options)))
-
-
-@bench.command("placement")
-@click.option("--layers", type=click.IntRange(1), default=58, show_default=True, help="MoE layers.")
-@click.option("--experts", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--loads", multiple=True, help="Kinds of load; may be repeated. [default: all]")
-@click.option("--shards", type=click.IntRange(1), multiple=True, help="May be repeated. [default: 8 to 288]")
-@click.option("--redundant", type=click.IntRange(0), multiple=True, help="Slots per layer. [default: 0, 32, 64]")
-@click.option("--num-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a batch.")
-@click.option("--top-k", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Times that each plan is made.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@_OUTPUT
-def bench_placement(**options: Any) -> None:
-    """Plans beside vLLM's policy and the bound, and how evenly the router spreads batches over replicas."""
-    from ep.bench.placement import PlacementBenchOptions, report, run
-
-    report(run(PlacementBenchOptions(**_given(options))))
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Without the lists that were left out: their defaults lie in modules that are slow to import."""
-    return {name: value for name, value in options.items() if value != ()}
+cli.add_command(bench)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.router import Recovery
+from ep.share import WHOLE
 
 if TYPE_CHECKING:
     from ep.compute.base import ExpertCompute
@@ -36,6 +37,8 @@ class GraphRouter:
     open_slots: loads all slots onto the device. It is called when vLLM loads its own weights, so that its memory
     accounting sees the slots too. max_tokens: the largest batch.
     """
+
+    share = WHOLE
 
     def __init__(
         self,

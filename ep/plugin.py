@@ -13,9 +13,11 @@ NATIVE_LOAD_FORMAT = "ep_made"
 
 
 def register() -> None:
-    """Register the model classes, the ops and the weight loaders; vLLM may call this several times in one process."""
+    """Register the model classes, the ops, the weight loaders and the independence of engines; vLLM may call this
+    several times in one process."""
     from vllm import ModelRegistry
 
+    from ep.engine.independent import register_independent_engines
     from ep.engine.loader import NativeLoader, RouterLoader, register_loader
     from ep.engine.ops import register_ops
 
@@ -24,5 +26,6 @@ def register() -> None:
     register_loader(NATIVE_LOAD_FORMAT, NativeLoader)
     supported = ModelRegistry.get_supported_archs()
     for name, location in ARCHITECTURES.values():
+        register_independent_engines(name)
         if name not in supported:
             ModelRegistry.register_model(name, location)

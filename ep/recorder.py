@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ep.link_stats import LinkStats, link_window
 from ep.load import Int64Array, Window
 from ep.model import ModelSpec
+from ep.share import ALL_ROWS
 
 TokenPhases = Callable[[], npt.NDArray[np.bool_] | None]
 """bool [n], True for a decode token, n the real tokens of the step at its first rows; None where it cannot be known."""
@@ -149,14 +150,15 @@ class LoadRecorder:
         self._step = _Step(self._clock(), time.time(), num_tokens, num_requests, sampled)
         self._counts.fill(0)
 
-    def note(self, layer_pos: int, topk_ids: npt.NDArray[np.integer]) -> None:
-        """A layer's chosen logical experts, [T, K]. Outside of a step nothing is recorded."""
+    def note(self, layer_pos: int, topk_ids: npt.NDArray[np.integer], rows: slice = ALL_ROWS) -> None:
+        """A layer's chosen logical experts, [T, K]; rows: the ones of them that are this router's, the same in every
+        layer. Outside of a step nothing is recorded."""
         step = self._step
         if step is None:
             return
         if step.num_rows < 0:
-            self._read_phases(step, len(topk_ids))
-        ids = topk_ids[: step.num_rows]
+            self._read_phases(step, len(topk_ids), rows)
+        ids = topk_ids[rows][: step.num_rows]
         counts, num_experts = self._counts[layer_pos], self._shape[1]
         counts[step.phase] += np.bincount(ids.ravel(), minlength=num_experts)
         if step.others is not None:
@@ -233,14 +235,15 @@ class LoadRecorder:
             compute_ns += [link.compute_ns for link in one.window.links]
         return RecentLoad(counts, pairs, compute_ns, now - seen[0].began if seen else 0.0)
 
-    def _read_phases(self, step: _Step, num_rows: int) -> None:
-        """Which of the step's rows are tokens, and of which phase."""
+    def _read_phases(self, step: _Step, num_rows: int, rows: slice) -> None:
+        """Which of this router's rows of the step's num_rows are tokens, and of which phase."""
         decode = self._token_phases() if self._token_phases is not None else None
         if decode is None or len(decode) > num_rows:
-            step.num_rows = min(step.num_tokens, num_rows)
+            step.num_rows = len(range(min(step.num_tokens, num_rows))[rows])
             if step.num_tokens == step.num_requests:
                 step.num_decode_tokens = step.num_rows
         else:
+            decode = decode[rows]
             step.num_rows = len(decode)
             step.num_decode_tokens = int(np.count_nonzero(decode))
             if 0 < step.num_decode_tokens < step.num_rows:

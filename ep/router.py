@@ -21,6 +21,8 @@ from ep.kernels.reference import quantize_tokens
 from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
+from ep.profile_marks import mark_experts
+from ep.share import ALL_ROWS, WHOLE
 from ep.transport.base import Endpoint, Partial, Transport
 from ep.transport.buffer import TORCH_DTYPES, RawRows, to_raw
 from ep.wire import Dispatch
@@ -84,6 +86,8 @@ class Router:
     call. layer_pos counts MoE layers, as a placement does (`ModelSpec.layer_pos`).
     """
 
+    share = WHOLE
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -108,6 +112,7 @@ class Router:
         self._on_shard_lost = on_shard_lost
         self._seq = 0
         self._call: _Call | None = None
+        self._gone: dict[int, ShardLostError | DeadlineError] = {}
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self.set_placement(placement)
 
@@ -163,16 +168,22 @@ class Router:
         return routed if extra is None else routed + extra
 
     def dispatch(
-        self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        layer_pos: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        rows: slice = ALL_ROWS,
     ) -> None:
         """Sends hidden [T, H] to the shards of logical experts topk_ids int [T, K] with topk_weights float32 [T, K].
 
-        Never waits for a shard's compute. A shard that cannot be reached is `combine`'s concern.
+        rows: those of the T that are this router's; the others are another's. Never waits for a shard's compute. A
+        shard that cannot be reached is `combine`'s concern.
         """
         topk_ids = topk_ids.cpu()
-        self._dispatch(layer_pos, hidden, topk_ids, topk_weights)
+        self._dispatch(layer_pos, hidden[rows], topk_ids[rows], topk_weights[rows])
         if self.recorder is not None:  # counted while the shards compute
-            self.recorder.note(layer_pos, topk_ids.numpy())
+            self.recorder.note(layer_pos, topk_ids.numpy(), rows)
 
     def _dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -199,14 +210,18 @@ class Router:
         self._seq += 1
         for shard_idx, work in enumerate(works):
             if len(work.counts):
-                sent = call.sent[shard_idx] = _Sent(work, time.perf_counter())
+                sent = call.sent[shard_idx] = _Sent(work, time.perf_counter(), self._gone.get(shard_idx))
+                if sent.error is not None:
+                    continue
                 try:
                     self._send(call, shard_idx, work)
                 except (ShardLostError, DeadlineError) as error:
                     sent.error = error
+                    if self._on_shard_lost is not None:  # it knows better than another attempt to connect would tell
+                        self._gone[shard_idx] = error
 
     def combine(self, layer_pos: int) -> torch.Tensor:
-        """The routed sum [T, H] of the last dispatch, in hidden's dtype: partials summed in float32, rounded once.
+        """The routed sum [T, H] of the rows last dispatched, in their dtype: partials summed in float32, rounded once.
 
         Raises ShardLostError, ShardFailedError or DeadlineError; never returns with a partial missing.
         """
@@ -258,7 +273,7 @@ class Router:
         for shard_idx, sent in call.sent.items():
             if sent.error is not None:
                 self._recover(call, shard_idx, sent.error)
-        deadline = time.monotonic() + self.deadline_s
+        deadline, since, computed_ns = time.monotonic() + self.deadline_s, time.perf_counter_ns(), 0
         while len(call.partials) < len(call.sent):
             try:
                 partial = self._transport.receive(deadline)
@@ -267,7 +282,9 @@ class Router:
                 deadline = time.monotonic() + self.deadline_s
                 continue
             call.partials[partial.shard_idx] = partial.rows
+            computed_ns = partial.compute_ns
             self._count(call.sent[partial.shard_idx], partial)
+        mark_experts(min(computed_ns, time.perf_counter_ns() - since))
 
     def _recover(self, call: _Call, shard_idx: int, error: ShardLostError | DeadlineError) -> None:
         """Blocks until the shard is back, then sends its work again. Raises the error if it does not come back."""
@@ -277,6 +294,7 @@ class Router:
             sent.losses += 1
             if self._on_shard_lost is None or sent.losses > MAX_RECOVERIES:
                 raise error
+            self._gone[shard_idx] = error
             endpoint = self._on_shard_lost(shard_idx, error)
             try:
                 self._transport.replace(shard_idx, endpoint)
@@ -284,6 +302,7 @@ class Router:
             except (ShardLostError, DeadlineError) as again:
                 error = again
                 continue
+            del self._gone[shard_idx]
             self.recoveries.append(Recovery(shard_idx, call.layer_pos, time.monotonic() - start, reason))
             return
 

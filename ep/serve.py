@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
 import socket
 import sys
 import threading
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ep.announce import announce
 from ep.cluster.router_actor import FAILED
 from ep.devices import serves_on_gpu
 from ep.errors import ClusterError, OptionError, PlacementError
@@ -26,7 +24,7 @@ from ep.planning.request import PlanRequest
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal
 from ep.trace_path import check_trace, trace_path
-from ep.vllm_flags import check_supported, vllm_flags
+from ep.vllm_flags import check_supported, tensor_parallel_size, vllm_flags
 
 if TYPE_CHECKING:
     from ep.cluster.launch import Launch
@@ -38,10 +36,14 @@ class ServeOptions:
 
     layers: with synthetic, so many layers of the published shapes, their weights made on the devices that hold them.
     address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
-    "local" always starts one. shard_cpus and shard_threads are per shard; deadline_s bounds a layer's round trip, the
-    restart of a lost shard included. expert_dtype: auto keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
+    "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
+    shard_cpus, shard_threads and shard_gpus are per shard, router_gpus per router; GPUs are asked for where vLLM
+    computes on them. deadline_s bounds a layer's round trip, the restart of a lost shard included. expert_dtype: auto
+    keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
     them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
-    spare_slots: empty slots per shard and layer that a rebalance moves into, by default one for every 16.
+    routers: engines with attention and KV cache of their own behind the one server; each is as many router actors as
+    vLLM's --tensor-parallel-size says. spare_slots: empty slots per shard and layer that a rebalance moves into, by
+    default one for every 16.
     trace: new file that load is recorded in, "none" for none, None for one in the state folder. check: end as soon as a
     first token has come back.
     """
@@ -51,6 +53,7 @@ class ServeOptions:
     synthetic: bool = False
     layers: int | None = None
     shards: int | None = None
+    nodes: int | None = None
     address: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -61,6 +64,9 @@ class ServeOptions:
     wait_s: float = 60.0
     shard_cpus: float = 1.0
     shard_threads: int = 1
+    shard_gpus: float = 1.0
+    router_gpus: float = 1.0
+    routers: int = 1
     router_threads: int = 1
     redundant: int = 0
     spare_slots: int | None = None
@@ -79,7 +85,8 @@ def serve(options: ServeOptions) -> None:
     terminal = Terminal(options.verbose)
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
-    check_trace(options.trace)
+    num_routers = options.routers * tensor_parallel_size(options.vllm_flags)
+    check_trace(options.trace, num_routers)
     target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)
     num_shards = options.shards if options.shards is not None else default_shards()
     if num_shards > target.spec.num_experts:
@@ -87,7 +94,11 @@ def serve(options: ServeOptions) -> None:
             f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
             f"expected 1 to {target.spec.num_experts} shards"
         )
+    if options.nodes is not None and options.nodes > num_shards:
+        raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
     placement = first_placement(target.spec, num_shards, options)
+    if options.transport == "local" and num_routers > 1:
+        raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, expected socket")
     with terminal.quiet("serve"):
         try:
             _serve(options, target, placement, terminal)
@@ -147,6 +158,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     check_memory(target.spec, placement, options, sessions.cluster_memory())
     on_gpu = serves_on_gpu()
+    ranks = tensor_parallel_size(options.vllm_flags)
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
     launch = Launch(
@@ -163,8 +175,11 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             wait_s=options.wait_s,
             shard_threads=options.shard_threads,
             shard_cpus=options.shard_cpus,
+            num_hosts=options.nodes,
             on_gpu=on_gpu,
-            router_gpus=1.0 if on_gpu else 0.0,
+            shard_gpus=options.shard_gpus if on_gpu else 0.0,
+            router_gpus=options.router_gpus if on_gpu else 0.0,
+            num_routers=options.routers * ranks,
             router_threads=options.router_threads,
             router_environment=_router_environment(),
             rebalance=RebalanceOptions(
@@ -179,97 +194,48 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         launch.start(on_wait=terminal.say)
         server = vllm.result()
         cpu = server.is_cpu()
-        flags = vllm_flags(target, options.host, options.port, options.api_key, options.vllm_flags, cpu)
-        args = server.parse_flags(flags)
-        check_supported(args, cpu)
+        door = (options.host, options.port, options.api_key)
+        args = server.parse_flags(vllm_flags(target, *door, options.routers, options.vllm_flags, cpu))
+        if on_gpu and options.transport == "socket":
+            server.split_at_experts(args)
+        check_supported(args, options.routers, ranks)
         launch.link.export()
         metrics = ClusterMetrics(launch.metrics)
         metrics.start()
         ended = threading.Event()
-        announce = threading.Thread(target=_announce, args=(options, launch, terminal, ended), daemon=True)
-        announce.start()
+        announcing = threading.Thread(target=announce, args=(options, launch, terminal, ended), daemon=True)
+        announcing.start()
         try:
             server.run(args)
         except Exception as error:
             if launch.has_failed_shard():
                 launch.wait_for_shards()
             raise ClusterError(f"the engine ended: {_root_cause(launch, error)}{_see_log(terminal)}") from error
+        else:
+            if failures := _failures(launch):  # vLLM's server then ends as if it had been asked to
+                raise ClusterError(f"{failures[0]}{_see_log(terminal)}")
         finally:
             ended.set()
             metrics.stop()
-            announce.join()
+            announcing.join()
     finally:
         _ignore_signals()
         launch.close()
 
 
-def _show_loading(launch: Launch, terminal: Terminal, ended: threading.Event) -> None:
-    """A bar over all experts of all shards, until every shard is up, one failed or the server ended."""
-    if not launch.options.num_shard_actors:
-        return
-    states: set[str] = set()
-    with terminal.progress(f"loading experts into {launch.options.placement.num_shards} shards") as (bar, task):
-        while not ended.wait(0.1) and not (states and states <= {"up", "failed"}):
-            shards = launch.progress()["shards"]
-            done, total = (sum(shard["experts"][i] for shard in shards) for i in (0, 1))
-            bar.update(task, completed=done, total=total or None)
-            states = {shard["state"] for shard in shards}
-    if states == {"up"}:
-        terminal.say(f"{len(shards)} shards hold {total} experts")
-
-
-def _announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: threading.Event) -> None:
-    """Say what the router is doing until the server answers, then where; gives up when the server has ended."""
-    _show_loading(launch, terminal, ended)
-    base = f"http://{options.host}:{options.port}"
-    last = ""
-    while not _answers(f"{base}/health"):
-        phase = launch.progress()["routers"].get(0, "")
-        if phase and phase != last:
-            terminal.say(f"router: {phase}")
-            last = phase
-        if ended.wait(0.25):
-            return
-    launch.set_phase("serving")
-    terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
-    if terminal.log is not None:
-        terminal.say(f"log: {terminal.log}")
-    if launch.options.trace is not None:
-        terminal.say(f"load is recorded in {launch.options.trace}")
-    if options.check:
-        _first_token(base, options)
-        terminal.say("first token")
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def _first_token(base: str, options: ServeOptions) -> None:
-    """Ask the server for one token."""
-    body = {"model": options.model, "prompt": "Hello", "max_tokens": 1}
-    headers = {"Content-Type": "application/json"}
-    if options.api_key is not None:
-        headers["Authorization"] = f"Bearer {options.api_key}"
-    request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=options.deadline_s) as response:
-        response.read()
-
-
 def _root_cause(launch: Launch, error: Exception) -> str:
     """What a router said before it gave up; else the engine's own words."""
-    failed = [p for p in launch.progress()["routers"].values() if p.startswith(FAILED)]
-    text = failed[0].removeprefix(FAILED) if failed else f"{type(error).__name__}: {error}"
-    return text.strip().splitlines()[-1]
+    return (_failures(launch) or [f"{type(error).__name__}: {error}".strip().splitlines()[-1]])[0]
+
+
+def _failures(launch: Launch) -> list[str]:
+    """The last line of what each router that is gone left behind."""
+    said = launch.progress()["routers"].values()
+    return [phase.removeprefix(FAILED).strip().splitlines()[-1] for phase in said if phase.startswith(FAILED)]
 
 
 def _see_log(terminal: Terminal) -> str:
     return f" (log: {terminal.log})" if terminal.log is not None else ""
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1.0) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _router_environment() -> dict[str, str]:

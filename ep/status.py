@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ep.errors import ClusterError
 from ep.instances import coordinators
 from ep.link import NAMESPACE
 
@@ -16,13 +19,20 @@ _TIMEOUT_S = 10.0
 
 
 def collect(address: str) -> list[dict[str, Any]]:
-    """The status of every instance on the cluster at `address` ("auto": this machine's). Raises OptionError."""
+    """The status of every instance on the cluster at `address` ("auto": this machine's).
+
+    Raises OptionError, ClusterError where a coordinator does not answer.
+    """
     import ray
 
-    with coordinators(address) as found:
+    # Ray prints on stdout what it thinks of lost nodes, which is no part of a JSON document.
+    with coordinators(address) as found, redirect_stdout(io.StringIO()):
         instances = []
-        for coordinator in found.values():
-            instance = ray.get(coordinator.status.remote(), timeout=_TIMEOUT_S)
+        for name, coordinator in found.items():
+            try:
+                instance = ray.get(coordinator.status.remote(), timeout=_TIMEOUT_S)
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"{name}: its coordinator does not answer: {type(error).__name__}") from error
             instance["routers"] = [_router(instance, rank) for rank in range(instance["num_routers"])]
             instances.append(instance)
         return instances
@@ -41,6 +51,9 @@ def show(instances: list[dict[str, Any]], as_json: bool) -> None:
             f"[bold]{instance['model']}[/bold]  {instance['instance']}  generation {instance['generation']}  "
             f"up {instance['uptime_s']:.0f} s  {instance['checkpoint']}"
         )
+        for host in instance["hosts"]:
+            if host["state"] == "lost":
+                console.print(_lost_host(host, instance["shards"]), soft_wrap=True)
         console.print(_shard_table(instance["shards"]))
         for reason in sorted({shard["compute_reason"] for shard in instance["shards"] if "compute_reason" in shard}):
             console.print(f"experts computed by {reason}")
@@ -63,13 +76,19 @@ def _router(instance: dict[str, Any], rank: int) -> dict[str, Any]:
         return {"rank": rank, "phase": f"no answer: {type(error).__name__}"}
 
 
+def _lost_host(host: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+    there = [str(shard["shard_idx"]) for shard in shards if shard["host"] == host["address"]]
+    left = f"; its shards: {', '.join(there)}" if there else "; its shards run elsewhere"
+    return f"[red]host {host['address']} is lost: {host['why']}, silent for {host['silent_s']:.0f} s{left}[/red]"
+
+
 def _shard_table(shards: list[dict[str, Any]]) -> Table:
     table = Table("shard", "state", "node", "pid", "slots", "memory", "requests", "tokens", "shared", "bad", "restarts")
     for shard in shards:
         table.add_row(
             str(shard["shard_idx"]),
             shard["state"] + (f": {shard['error']}" if shard["error"] and shard["state"] != "up" else ""),
-            shard.get("node_ip", ""),
+            shard.get("node_ip", shard["host"]),
             str(shard.get("pid", "")),
             str(shard.get("num_slots", "")),
             _bytes(shard.get("slot_bytes")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from ep.errors import OptionError
@@ -24,16 +25,34 @@ _OURS = (
     "--host",
     "--port",
 )
-_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_DATA_PARALLEL = ("--data-parallel", "-dp")
+_TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+
+
+def tensor_parallel_size(from_user: Sequence[str]) -> int:
+    """Ranks of each router's attention, read before vLLM and its parser are imported; check_supported compares."""
+    size = 1
+    for flag, following in zip_longest(from_user, from_user[1:], fillvalue=""):
+        name, _, value = flag.partition("=")
+        if name.replace("_", "-") in _TENSOR_PARALLEL:
+            value = value or following
+            if not value.isdecimal() or int(value) < 1:
+                raise OptionError(f"vLLM flags after `--`: {name} {value}: expected a number from 1 on")
+            size = int(value)
+    return size
 
 
 def vllm_flags(
-    target: Target, host: str, port: int, api_key: str | None, from_user: Sequence[str], cpu: bool
+    target: Target, host: str, port: int, api_key: str | None, routers: int, from_user: Sequence[str], cpu: bool
 ) -> list[str]:
-    """cpu: whether the installed vLLM computes on the CPU. Raises OptionError for a flag that is not the user's."""
-    taken = [flag for flag in from_user if flag.partition("=")[0].replace("_", "-") in _OURS]
-    if taken:
-        raise OptionError(f"vLLM flags after `--`: {taken[0]} is set by ep serve itself")
+    """routers: engines behind the one server. cpu: whether the installed vLLM computes on the CPU. Raises OptionError
+    for a flag that is not the user's."""
+    for flag in from_user:
+        name = flag.partition("=")[0].replace("_", "-")
+        if name in _OURS:
+            raise OptionError(f"vLLM flags after `--`: {flag} is set by ep serve itself")
+        if name.startswith(_DATA_PARALLEL):
+            raise OptionError(f"vLLM flags after `--`: {flag} is set by ep serve itself: give --routers N before `--`")
     overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[target.spec.family][0]]}
     if cpu:
         overrides["quantization_config"] = None  # the loader dequantises: vLLM has no block-FP8 linear layer on CPU
@@ -44,6 +63,8 @@ def vllm_flags(
         *("--distributed-executor-backend", "ep.cluster.executor.RouterExecutor"),
         *("--scheduler-cls", f"ep.cluster.scheduler.{'RouterScheduler' if cpu else 'AsyncRouterScheduler'}"),
     ]
+    if routers > 1:
+        flags += ["--data-parallel-size", str(routers)]
     if api_key is not None:
         flags += ["--api-key", api_key]
     if cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -52,8 +73,15 @@ def vllm_flags(
     return flags + list(from_user)
 
 
-def check_supported(args: Any, cpu: bool) -> None:
-    """args: what vLLM's parser made of the flags. Raises OptionError for what this version of ep does not serve."""
-    for name in _SIZES:
-        if getattr(args, name, 1) != 1:
-            raise OptionError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1, there is one router")
+def check_supported(args: Any, routers: int, ranks: int) -> None:
+    """args: what vLLM's parser made of the flags. ranks: tensor_parallel_size of the same flags. Raises OptionError for
+    what this version of ep does not serve."""
+    pipeline, tensor, data = (getattr(args, f"{kind}_parallel_size") for kind in ("pipeline", "tensor", "data"))
+    if pipeline != 1:
+        raise OptionError(f"--pipeline-parallel-size {pipeline}: expected 1, every router has all layers")
+    if args.enable_expert_parallel:
+        raise OptionError("--enable-expert-parallel: vLLM holds no experts here, expected --shards N before `--`")
+    if tensor != ranks:
+        raise OptionError(f"tensor_parallel_size {tensor}: say --tensor-parallel-size N after `--`, spelt out")
+    if data != routers:
+        raise OptionError(f"data_parallel_size {data}: say --routers N before `--`")

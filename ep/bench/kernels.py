@@ -6,20 +6,21 @@ what the device can do: bytes and operations that no kernel can save, over ceili
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.kernel_baselines import Call, deep_gemm, vllm_fused_moe
 from ep.bench.moe_case import ROUTINGS, MoeCase, random_weights, time_in_graph
+from ep.bench.page import Report
+from ep.bench.plot import Figure, Series
+from ep.bench.result import publish
 from ep.errors import OptionError
 from ep.kernels import gating, quant
 from ep.kernels.devices import Device, current_device
@@ -27,6 +28,7 @@ from ep.kernels.fused_moe import ExpertShape, choose_config, supports
 from ep.kernels.roofline import Ceilings, Work, fused_moe_work, gating_work, quantize_work
 from ep.model import ModelSpec
 from ep.presets import load_preset
+from ep.sheet import Sheet
 from ep.terminal import Terminal
 
 TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
@@ -44,6 +46,7 @@ class KernelBenchOptions:
     tokens: tuple[int, ...] = TOKENS
     baselines: bool = True
     output: str | None = None
+    page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def run(options: KernelBenchOptions) -> KernelBench:
             times.append(_time_quantize(num_tokens, shape, device, ceilings))
             bar.advance(task)
     bench = KernelBench(options, conditions(), device, ceilings, tuple(times))
-    _print(bench)
+    console = Console()
+    # A file has no width of its own, and a cut table is of no use in it.
+    publish("kernels", bench, describe(bench), console if console.is_terminal else Console(width=150))
     return bench
 
 
@@ -173,35 +178,34 @@ def _small(op: str, num_tokens: int, us: float, work: Work, ceilings: Ceilings) 
     return KernelTime(op, num_tokens, "-", us, None, None, ceilings.floor_us(work), 0.0, "-")
 
 
-def _print(bench: KernelBench) -> None:
+def describe(bench: KernelBench) -> Report:
+    """The table, and a plot of the fused MoE of even routing beside its baselines."""
     ceilings = bench.ceilings
-    table = Table(
-        title=f"{bench.device.name}: {bench.options.model}, {bench.options.slots} slots; reading "
+    columns = ("op", "tokens", "routing", "µs", "vLLM µs", "DeepGEMM µs", "floor µs", "of floor", "TFLOP/s", "tile")
+    rows = tuple(
+        (
+            time.op,
+            str(time.tokens),
+            time.routing,
+            *(
+                "-" if cell is None else f"{cell:.1f}"
+                for cell in (time.us, time.vllm_us, time.deep_gemm_us, time.floor_us)
+            ),
+            f"{time.floor_us / time.us:.0%}",
+            f"{time.tflops:.0f}" if time.tflops else "-",
+            time.config,
+        )
+        for time in bench.times
+    )
+    title = (
+        f"{bench.device.name}: {bench.options.model}, {bench.options.slots} slots; reading "
         f"{ceilings.read_bytes / 1e12:.2f} TB/s, FP8 {ceilings.fp8_flops / 1e12:.0f} TFLOP/s"
     )
-    for heading in (
-        "op",
-        "tokens",
-        "routing",
-        "µs",
-        "vLLM µs",
-        "DeepGEMM µs",
-        "floor µs",
-        "of floor",
-        "TFLOP/s",
-        "tile",
-    ):
-        table.add_column(heading, justify="left" if heading in ("op", "routing", "tile") else "right")
-    for time in bench.times:
-        cells = (time.us, time.vllm_us, time.deep_gemm_us, time.floor_us)
-        table.add_row(
-            time.op, str(time.tokens), time.routing, *("-" if cell is None else f"{cell:.1f}" for cell in cells),
-            f"{time.floor_us / time.us:.0%}", f"{time.tflops:.0f}" if time.tflops else "-", time.config,
-        )  # fmt: skip
-    console = Console()
-    # A file has no width of its own, and a cut table is of no use in it.
-    (console if console.is_terminal else Console(width=150)).print(table)
-    line = json.dumps(asdict(bench))
-    if bench.options.output is not None:
-        Path(bench.options.output).write_text(line + "\n")
-    print(line)
+    moe = [time for time in bench.times if (time.op, time.routing) == ("fused_moe", ROUTINGS[0])]
+    series = []
+    for label, of in (("ep", "us"), ("vLLM", "vllm_us"), ("DeepGEMM", "deep_gemm_us"), ("floor", "floor_us")):
+        points = [(time.tokens, getattr(time, of)) for time in moe if getattr(time, of) is not None]
+        x, y = tuple(x for x, _ in points), tuple(y for _, y in points)
+        series += [Series(label, x, y, dashed=label == "floor")] if points else []
+    figure = Figure("fused-moe", f"Fused MoE, {ROUTINGS[0]} routing", "tokens", "µs", tuple(series), log_x=True)
+    return Report(f"Kernels on {bench.device.name}", (Sheet(title, columns, rows),), (figure,))

@@ -5,33 +5,36 @@ Excess is (max - mean) / mean over a layer's shards, 0 when even; means over lay
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ep.assign import Assigner
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.expert_loads import LOADS, Windows, batch, windows
+from ep.bench.page import Report
 from ep.bench.placement_baseline import Policy, vllm_policy
+from ep.bench.plot import Figure, Series
+from ep.bench.result import publish
 from ep.errors import OptionError
 from ep.placement import Placement
 from ep.planning.imbalance import imbalance
 from ep.planning.plan import plan, shard_load
 from ep.planning.request import PlanRequest
+from ep.sheet import Sheet
 
 SHARDS = (8, 16, 32, 64, 72, 128, 144, 288)
 REDUNDANT = (0, 32, 64)
 BATCHES = 32
+_FILE_WIDTH = 150
+"""A file has no width of its own, and a cut table is of no use in it."""
 Float64Array = npt.NDArray[np.float64]
 T = TypeVar("T")
 
@@ -51,6 +54,7 @@ class PlacementBenchOptions:
     repeats: int = 3
     seed: int = 0
     output: str | None = None
+    page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,18 @@ def run(options: PlacementBenchOptions) -> PlacementBench:
 
 def report(result: PlacementBench) -> None:
     """A table, then one line of JSON."""
+    console = Console()
+    publish("placement", result, describe(result), console if console.is_terminal else Console(width=_FILE_WIDTH))
+
+
+def describe(result: PlacementBench) -> Report:
+    """The table, and a plot over the number of shards for each load and number of redundant slots."""
     options = result.options
-    table = Table(title=f"Excess of the busiest shard, %, {options.layers} layers x {options.experts} experts")
-    for name in ("load", "shards", "redundant"):
-        table.add_column(name)
     batches = f"batches of {options.num_tokens}: waterfill / round robin / random"
-    for name in ("vLLM", "ours", "bound", "gap", "next: vLLM / ours", batches, "plan ms: vLLM / ours", "assign µs"):
-        table.add_column(name, justify="right")
-    for row in result.results:
-        table.add_row(
+    shares = ("vLLM", "ours", "bound", "gap", "next: vLLM / ours", batches)
+    columns = ("load", "shards", "redundant", *shares, "plan ms: vLLM / ours", "assign µs")
+    rows = tuple(
+        (
             row.load,
             str(row.num_shards),
             str(row.num_redundant),
@@ -135,13 +142,32 @@ def report(result: PlacementBench) -> None:
             f"{'-' if row.vllm_plan_ms is None else f'{row.vllm_plan_ms:.0f}'} / {row.plan_ms:.0f}",
             f"{row.waterfill_us:.0f} / {row.round_robin_us:.0f}",
         )
-    Console().print(table)
-    if all(row.vllm_excess is None for row in result.results):
-        print("vLLM's policy: not installed, or shards do not divide slots")
-    line = json.dumps({"bench": "placement", **asdict(result)})
-    if options.output is not None:
-        Path(options.output).write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
+        for row in result.results
+    )
+    title = f"Excess of the busiest shard, %, {options.layers} layers x {options.experts} experts"
+    missing = all(row.vllm_excess is None for row in result.results)
+    note = "vLLM's policy: not installed, or shards do not divide slots" if missing else ""
+    sheet = Sheet(title, columns, rows, note, spare=(7, 8, 10))
+    most = max(options.redundant)
+    return Report("Placements beside vLLM's policy and a lower bound", (sheet,), tuple(_figures(result, most)))
+
+
+def _figures(result: PlacementBench, num_redundant: int) -> Iterator[Figure]:
+    for load in result.options.loads:
+        rows = [row for row in result.results if (row.load, row.num_redundant) == (load, num_redundant)]
+        vllm = [row for row in rows if row.vllm_excess is not None]
+        series = (
+            Series("vLLM's policy", _places(vllm), tuple(100 * (row.vllm_excess or 0.0) for row in vllm)),
+            Series("ours", _places(rows), tuple(100 * row.excess for row in rows)),
+            Series("bound", _places(rows), tuple(100 * row.bound_excess for row in rows), dashed=True),
+        )
+        if rows:
+            title = f"{load}: excess of the busiest shard, {num_redundant} redundant slots"
+            yield Figure(load, title, "shards", "%", tuple(one for one in series if one.x), log_x=True)
+
+
+def _places(rows: Sequence[PlacementResult]) -> tuple[float, ...]:
+    return tuple(row.num_shards for row in rows)
 
 
 def _check(options: PlacementBenchOptions) -> None:

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ep.bench.conditions import Conditions, conditions
-from ep.bench.result import print_json
+from ep.bench.page import Report
+from ep.bench.plot import Figure, Series
+from ep.bench.result import publish
 from ep.bench.server import EP_COMMAND, Server, free_port
 from ep.bench.streams import Stream, StreamLoad, gaps_ms, run_streams, tokens_per_s
 from ep.cluster.rebalancer import Outcome
 from ep.errors import ClusterError
 from ep.instances import choose, coordinators
+from ep.sheet import Sheet
 from ep.target import resolve_target
 from ep.terminal import Terminal, state_dir
 
@@ -46,6 +48,7 @@ class RebalanceBenchOptions:
     seed: int = 0
     ready_s: float = 600.0
     output: str | None = None
+    page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,24 @@ def run(options: RebalanceBenchOptions, terminal: Terminal) -> RebalanceBench:
 
 def show(result: RebalanceBench, console: Console) -> None:
     """The table, then one line of JSON last; the JSON also goes into options.output."""
-    table = Table(title=f"{result.options.concurrency} streams on {result.options.shards} shards while experts move")
-    for name in ("", "before", "during", "after"):
-        table.add_column(name, justify="left" if not name else "right")
-    phases = (result.before, result.during, result.after)
-    for label, name, form in (
-        ("tokens/s", "tokens_per_s", "{:.0f}"),
-        ("gap p50, ms", "gap_p50_ms", "{:.1f}"),
-        ("gap p99, ms", "gap_p99_ms", "{:.1f}"),
-        ("longest gap, ms", "gap_max_ms", "{:.1f}"),
-        ("failed requests", "num_failed", "{}"),
-    ):
-        table.add_row(label, *(form.format(getattr(phase, name)) for phase in phases))
-    console.print(table)
+    publish("rebalance", result, describe(result), console)
+
+
+def describe(result: RebalanceBench) -> Report:
+    """The table, and a plot of throughput and gaps of the three runs."""
+    phases = {"before": result.before, "during": result.during, "after": result.after}
+    rows = tuple(
+        (label, *(form.format(getattr(phase, name)) for phase in phases.values()))
+        for label, name, form in (
+            ("tokens/s", "tokens_per_s", "{:.0f}"),
+            ("gap p50, ms", "gap_p50_ms", "{:.1f}"),
+            ("gap p99, ms", "gap_p99_ms", "{:.1f}"),
+            ("longest gap, ms", "gap_max_ms", "{:.1f}"),
+            ("failed requests", "num_failed", "{}"),
+        )
+    )
     outcome = result.outcome
-    console.print(
+    note = (
         f"{outcome.outcome}: {outcome.reason}\n"
         f"(max - mean) / mean of pairs per shard {outcome.excess_before:.1%} -> {outcome.excess_after:.1%} planned; "
         f"{outcome.num_transfers} experts, {outcome.num_bytes / 1e6:.1f} MB, {outcome.num_steps} steps, "
@@ -155,7 +161,13 @@ def show(result: RebalanceBench, console: Console) -> None:
         f"{result.switch_gap_max_ms / result.before.gap_p50_ms:.2f} of the median before; "
         f"{result.num_different} of {result.options.num_prompts} texts differ"
     )
-    print_json("rebalance", result, result.options.output)
+    title = f"{result.options.concurrency} streams on {result.options.shards} shards while experts move"
+    gaps = tuple(
+        Series(label, tuple(phases), tuple(getattr(phase, name) for phase in phases.values()))
+        for label, name in (("p50", "gap_p50_ms"), ("p99", "gap_p99_ms"), ("longest", "gap_max_ms"))
+    )
+    figure = Figure("gaps", "Gaps between two tokens of a stream", "", "ms", gaps, "bars")
+    return Report("Experts moved under load", (Sheet(title, ("", *phases), rows, note),), (figure,))
 
 
 def _phase(streams: list[Stream]) -> Phase:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ep.errors import EpError
+from ep.errors import EpError, OptionError
 
 _STOP_SECONDS = 30.0
 _GENERATED = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
@@ -65,9 +65,9 @@ class Server:
     def cpu_seconds(self) -> dict[str, float]:
         """User and system seconds so far, by kind of process. Actors of a cluster that it joined are not among them."""
         seconds: dict[str, float] = {}
-        for process in self._tree():
+        for process in self.processes():
             try:
-                times, label = process.cpu_times(), self._label(process)
+                times, label = process.cpu_times(), self.label(process)
             except psutil.Error:
                 continue
             seconds[label] = seconds.get(label, 0.0) + times.user + times.system
@@ -79,7 +79,7 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL for what is left after 30 s. Returns when all of its processes are gone."""
-        self._tree()
+        self.processes()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(self._seen.values(), timeout=_STOP_SECONDS)
@@ -90,7 +90,8 @@ class Server:
                 continue
         psutil.wait_procs(alive, timeout=5.0)
 
-    def _tree(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """This one and all that it started, now."""
         try:
             children = self._process.children(recursive=True)
         except psutil.NoSuchProcess:
@@ -98,12 +99,14 @@ class Server:
         self._seen.update((child.pid, child) for child in children)
         return [self._process, *children]
 
-    def _label(self, process: psutil.Process) -> str:
+    def label(self, process: psutil.Process) -> str:
+        """What kind of process it is, in a word."""
         if process.pid == self._process.pid:
             return "API server"
         title = (process.cmdline() or [process.name()])[0]
         if not title.startswith(("VLLM::", "ray::")):
-            return process.name()
+            scripts = [Path(word).stem for word in process.cmdline() if word.endswith(".py")]
+            return scripts[0] if scripts else process.name()
         return re.split(r"[.\s\d]", title.split("::", 1)[1])[0]
 
     def _last_line(self) -> str:
@@ -120,10 +123,15 @@ def answers(url: str) -> bool:
         return False
 
 
-def served_model(url: str) -> str:
-    """The first name under which the server serves its model."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=10.0) as response:
-        return str(json.load(response)["data"][0]["id"])
+def served_model(url: str, key: str | None = None) -> str:
+    """The first name under which the server serves its model. Raises OptionError where it refuses the key."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url}/v1/models", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10.0) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        raise OptionError(f"--url {url}: /v1/models answers {error.code}; EP_API_KEY is the key it gets") from error
 
 
 def generated_tokens(url: str) -> int:

@@ -6,26 +6,27 @@ its answer. The router takes turns with gloo's isend/irecv, what torch offers fo
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.echo import FINGERPRINT, EchoSetup, GlooRouter, start_echo
+from ep.bench.page import Report
+from ep.bench.plot import Figure, Series
+from ep.bench.result import publish
 from ep.errors import OptionError, TransportError
+from ep.sheet import Sheet
 from ep.transport.auth import new_key
 from ep.transport.base import Partial
 from ep.transport.buffer import to_raw
@@ -55,6 +56,7 @@ class TransportBenchOptions:
     iterations: int = 400
     rounds: int = 5
     output: str | None = None
+    page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class RoundTrips:
     tokens_per_shard: int
     p50_us: float
     p99_us: float
+    p50_us_rounds: tuple[float, ...]
+    p99_us_rounds: tuple[float, ...]
     best_p50_us: float
     gb_per_s: float
 
@@ -105,20 +109,45 @@ def run(options: TransportBenchOptions) -> TransportBench:
 
 def report(result: TransportBench) -> None:
     """A table, then one line of JSON."""
+    publish("transport", result, describe(result), Console())
+
+
+def describe(result: TransportBench) -> Report:
+    """The table, and a plot of the medians for each number of shards."""
     tokens, hidden = result.options.num_tokens, result.options.hidden_size
-    table = Table(title=f"Round trip of {tokens} tokens x {hidden} bf16, µs ({result.conditions.cores} cores)")
-    for name in ("load", "shards", "way"):
-        table.add_column(name)
-    for name in ("tokens each", "p50", "p99", "best p50", "GB/s"):
-        table.add_column(name, justify="right")
-    for row in result.round_trips:
-        figures = (row.tokens_per_shard, row.p50_us, row.p99_us, row.best_p50_us, row.gb_per_s)
-        table.add_row(row.load, str(row.num_shards), row.way, *map(str, figures))
-    Console().print(table)
-    line = json.dumps({"bench": "transport", **asdict(result)})
-    if result.options.output is not None:
-        Path(result.options.output).write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
+    rows = tuple(
+        (
+            row.load,
+            str(row.num_shards),
+            row.way,
+            str(row.tokens_per_shard),
+            f"{row.p50_us:,.1f}",
+            f"{row.p99_us:,.1f}",
+            f"{row.best_p50_us:,.1f}",
+            f"{row.gb_per_s:.2f}",
+        )
+        for row in result.round_trips
+    )
+    columns = ("load", "shards", "way", "tokens each", "p50", "p99", "best p50", "GB/s")
+    title = f"Round trip of {tokens} tokens x {hidden} bf16, µs"
+    return Report(
+        "Round trips between router and shards",
+        (Sheet(title, columns, rows, text_columns=3),),
+        tuple(_figure(result, num_shards) for num_shards in result.options.shards),
+        f"{tokens} tokens of {hidden} bf16, {result.options.iterations} round trips in each of {result.options.rounds} "
+        "rounds; p50 and p99 are medians over the rounds. split: the tokens divided among the shards; full: all of "
+        "them to each; one: a single token to each.",
+    )
+
+
+def _figure(result: TransportBench, num_shards: int) -> Figure:
+    series = []
+    for way in result.options.ways:
+        rows = [row for row in result.round_trips if (row.num_shards, row.way) == (num_shards, way)]
+        places, p50s = tuple(row.load for row in rows), tuple(row.p50_us for row in rows)
+        series.append(Series(way, places, p50s, p50s, tuple(row.p99_us for row in rows)))
+    title = f"{num_shards} shards: p50, and up to p99"
+    return Figure(f"shards-{num_shards}", title, "load", "µs", tuple(series), "bars")
 
 
 def _check(options: TransportBenchOptions) -> None:
@@ -137,7 +166,7 @@ def _tokens(load: str, num_tokens: int, num_shards: int) -> int:
 
 def _summary(options: TransportBenchOptions, load: str, way: str, num_shards: int, rounds: list[Times]) -> RoundTrips:
     tokens = _tokens(load, options.num_tokens, num_shards)
-    p50s = [float(np.percentile(times, 50)) for times in rounds]
+    p50s, p99s = (tuple(round(float(np.percentile(times, p)), 1) for times in rounds) for p in (50, 99))
     p50 = statistics.median(p50s)
     return RoundTrips(
         way=way,
@@ -145,8 +174,10 @@ def _summary(options: TransportBenchOptions, load: str, way: str, num_shards: in
         num_shards=num_shards,
         tokens_per_shard=tokens,
         p50_us=round(p50, 1),
-        p99_us=round(statistics.median(float(np.percentile(times, 99)) for times in rounds), 1),
-        best_p50_us=round(min(p50s), 1),
+        p99_us=round(statistics.median(p99s), 1),
+        p50_us_rounds=p50s,
+        p99_us_rounds=p99s,
+        best_p50_us=min(p50s),
         gb_per_s=round(2 * num_shards * tokens * options.hidden_size * 2 / p50 / 1e3, 2),
     )
 

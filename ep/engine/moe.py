@@ -2,6 +2,9 @@
 
     hidden ─> gate ─> top-k ─> dispatch ─> shared expert meanwhile ─> combine ─> x routed scale ─> + shared
 
+With tensor-parallel attention every rank gates all tokens, dispatches its share of them, and an all-gather behind
+combine puts the shares together; the shared expert is vLLM's tensor-parallel layer, reduced while the shards compute.
+
 The gate is vLLM's own layer and the rounding follows vLLM's order (routed sum to the model's dtype, then scale, then
 shared), so that outputs can be compared with native vLLM token for token.
 
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import tensor_model_parallel_all_gather
 
 from ep.engine.gating import route_like_vllm
 from ep.engine.ops import bound_router
@@ -47,6 +51,8 @@ def _shards_answer(
     ticket = torch.ops.ep.dispatch(hidden, ids, weights, layer_pos)
     extra = shared(hidden) if shared is not None else None
     routed = torch.ops.ep.combine(ticket, ticket if extra is None else extra, hidden, ids, weights, layer_pos)
+    if bound_router().share.size > 1:
+        routed = tensor_model_parallel_all_gather(routed, dim=0)[: hidden.shape[0]]
     return routed, extra
 
 
@@ -77,7 +83,7 @@ def make_deepseek_block(native_module: Any) -> type[nn.Module]:
                     intermediate_size=config.moe_intermediate_size * config.n_shared_experts,
                     hidden_act=config.hidden_act,
                     quant_config=quant_config,
-                    reduce_results=False,
+                    reduce_results=True,
                     prefix=f"{prefix}.shared_experts",
                 )
 

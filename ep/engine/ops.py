@@ -7,7 +7,8 @@ Splitting the round trip in two lets the shared expert run while the shards comp
 takes the shared expert's output as an argument only to be ordered behind it, and what was dispatched only to keep a
 compiled graph from reusing that memory while a shard may still have to be asked again.
 
-`ep::route` is the gate's choice as one kernel, where experts are computed by GPUs.
+`ep::route` is the gate's choice as one kernel, where experts are computed by GPUs. A router with a share of the rows
+(tensor-parallel attention) is given all of them and combines its own.
 
 Shape legend: T tokens, H hidden, E logical experts, K top-k.
 """
@@ -20,19 +21,22 @@ import torch
 
 if TYPE_CHECKING:
     from ep.graph_router import GraphRouter
+    from ep.group_router import GroupRouter
     from ep.router import Router
 
+    AnyRouter = Router | GroupRouter | GraphRouter
+
 _library: torch.library.Library | None = None
-_router: Router | GraphRouter | None = None
+_router: AnyRouter | None = None
 
 
-def bind_router(router: Router | GraphRouter | None) -> None:
+def bind_router(router: AnyRouter | None) -> None:
     """Make `router` the one that this process's ops use."""
     global _router
     _router = router
 
 
-def bound_router() -> Router | GraphRouter:
+def bound_router() -> AnyRouter:
     """The router of this process; models are only built inside a router actor, after it was bound."""
     assert _router is not None, "ep's model classes run inside a router actor only: start them with `ep serve`"
     return _router
@@ -88,7 +92,10 @@ def _combine_fake(
     topk_weights: torch.Tensor,
     layer_pos: int,
 ) -> torch.Tensor:
-    return torch.empty_like(hidden)
+    share = bound_router().share
+    # Not len(hidden), which would make a constant of a traced graph's number of tokens.
+    num_tokens, hidden_size = hidden.shape
+    return torch.empty_like(hidden) if share.size == 1 else hidden.new_empty(share.length(num_tokens), hidden_size)
 
 
 def _route(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvloop
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -36,6 +37,23 @@ def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
     except (TypeError, ValueError) as error:
         raise OptionError(f"vLLM flags after `--`: {error}") from None
     return args
+
+
+def split_at_experts(args: argparse.Namespace) -> None:
+    """Leave dispatch and combine out of captured graphs, for a transport that needs the host in every layer.
+
+    Raises OptionError for a graph mode that captures whole steps.
+    """
+    config = args.compilation_config
+    mode = config.cudagraph_mode
+    if mode is not None and getattr(mode, "name", str(mode)) not in ("NONE", "PIECEWISE"):
+        raise OptionError(f"cudagraph_mode {mode}: --transport socket needs PIECEWISE or NONE, whole steps need ipc")
+    if config.splitting_ops is None:
+        caches = ["vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]  # as vLLM adds them itself
+        config.splitting_ops = [*config._attention_ops, *caches]
+    config.splitting_ops += ["ep::dispatch", "ep::combine"]
+    if mode is None:
+        config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def is_cpu() -> bool:

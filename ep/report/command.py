@@ -19,8 +19,10 @@ from ep.report.compare_page import compare_page, compare_sheets
 from ep.report.html import Page, render
 from ep.report.numbers import FORMAT, ReportNumbers, ReportOptions, plain, report_numbers
 from ep.report.pages import report_page
-from ep.report.terminal import show, show_sheets
-from ep.trace import Trace, read_trace
+from ep.report.terminal import show
+from ep.sheet import show_sheets
+from ep.trace import Trace
+from ep.trace_parts import read_all_parts
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ def report(trace: Trace, options: ReportOptions, output: ReportOutput) -> None:
 
 def report_file(path: str, options: ReportOptions, output: ReportOutput) -> None:
     """As `report`, of the trace in a file. Raises TraceError."""
-    report(read_trace(path), options, output)
+    report(read_all_parts(path), options, output)
 
 
 def compare_files(paths: tuple[str, str], options: ReportOptions, output: ReportOutput) -> None:
     """Two traces side by side. Raises TraceError, OptionError."""
-    one, other = (_numbers(read_trace(path), options) for path in paths)
+    one, other = (_numbers(read_all_parts(path), options) for path in paths)
     comparison = compare(one, other)
     written = _now()
     if output.as_json:

@@ -10,8 +10,9 @@ from ep.report.figure import DECODE, LIFT, PREFILL, Figure
 from ep.report.html import Page, Section
 from ep.report.numbers import ReportNumbers, plain
 from ep.report.pages import facts
-from ep.report.sheets import EXCESS, Sheet, describe
+from ep.report.sheets import EXCESS, describe
 from ep.report.units import MISSING, listing, percent, times
+from ep.sheet import Sheet
 
 MOST_CHANGE = 3.0
 """Colours end at 8 times as much and an eighth."""

@@ -9,7 +9,7 @@ from html import escape
 from importlib import resources
 
 from ep.report.figure import Figure
-from ep.report.sheets import Sheet
+from ep.sheet import Sheet
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ep.report.numbers import ReportNumbers
 from ep.report.plans import CURRENT, FIRST, PLANNED, PlacementNumbers
 from ep.report.survival import SurvivalNumbers
 from ep.report.units import MISSING, count, listing, micros, percent, plural, seconds, size, times
+from ep.sheet import Sheet
 
 EXCESS, EVENNESS = "(max-mean)/mean", "mean/max"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table as text. text_columns: how many columns from the left hold words; the others are figures. spare: columns
-    that a narrow terminal leaves out."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    text_columns: int = 1
-    spare: tuple[int, ...] = ()
 
 
 def phase_sheet(numbers: ReportNumbers) -> Sheet:
@@ -234,6 +220,7 @@ def headline(numbers: ReportNumbers) -> tuple[tuple[str, str, str], ...]:
     by_name = {placement.name: placement for placement in numbers.plans.placements}
     busiest = max(numbers.shards, key=lambda shard: shard.load)
     return (
+        *_slowest_link(numbers),
         (
             "hottest expert",
             f"layer {hot.layer}, expert {hot.expert}",
@@ -260,6 +247,16 @@ def headline(numbers: ReportNumbers) -> tuple[tuple[str, str, str], ...]:
             f"bound {percent(numbers.plans.bounds.excess)}; {size(by_name[PLANNED].moved_bytes)} to move",
         ),
     )
+
+
+def _slowest_link(numbers: ReportNumbers) -> tuple[tuple[str, str, str], ...]:
+    """Beside the fastest; nothing where there are no two to compare."""
+    timed = [(shard.round_trip_us_p50, shard) for shard in numbers.shards if shard.round_trip_us_p50 is not None]
+    if len(timed) < 2:
+        return ()
+    (fast, fastest), (slow, slowest) = (pick(timed, key=lambda one: one[0]) for pick in (min, max))
+    beside = f"{times(slow / fast)} shard {fastest.shard}'s on {fastest.node}"
+    return (("slowest link", f"shard {slowest.shard} on {slowest.node}", f"round trip p50 {micros(slow)}, {beside}"),)
 
 
 def describe(numbers: ReportNumbers) -> str:

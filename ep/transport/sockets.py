@@ -20,6 +20,8 @@ from ep.wire import BLOCK_BYTES, Combine, Dispatch, Failure, Frame, Message, Pin
 
 log = logging.getLogger(__name__)
 CONNECT_S = 5.0
+RECONNECT_S = 1.0
+"""A link that broke is tried again before a dispatch, which holds up the whole batch."""
 NO_MESSAGE = Ping(0)
 
 
@@ -160,7 +162,7 @@ class SocketTransport:
         if link.unanswered is not None:
             self._drain(link, deadline)
         if link.channel is None:
-            self._connect(link, min(deadline, time.monotonic() + self._connect_s))
+            self._connect(link, min(deadline, time.monotonic() + min(self._connect_s, RECONNECT_S)))
         assert link.channel is not None
         return link.channel
 

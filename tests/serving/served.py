@@ -55,9 +55,16 @@ class Served:
 
 @contextmanager
 def serve(
-    *arguments: str, folder: Path, environment: Mapping[str, str] | None = None, signal_at_end: int = signal.SIGTERM
+    *arguments: str,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    signal_at_end: int = signal.SIGTERM,
+    exit_code: int = 0,
 ) -> Iterator[Served]:
-    """`ep serve *arguments` on a free port, until the block ends; then nothing that it started may be left."""
+    """`ep serve *arguments` on a free port, until the block ends; then nothing that it started may be left.
+
+    exit_code: another than 0 where what the block did last makes the server end by itself.
+    """
     port = free_port()
     output = folder / f"serve-{port}.txt"
     env = ep_environment(environment)
@@ -73,7 +80,11 @@ def serve(
             assert time.monotonic() < start + START_S, output.read_text()
             time.sleep(0.2)
         yield Served(process, f"http://127.0.0.1:{port}/v1", output, env, time.monotonic() - start)
-        assert process.poll() is None, output.read_text()
+        if exit_code == 0:
+            assert process.poll() is None, output.read_text()
+        else:
+            seen.update(_descendants(process.pid))
+            process.wait(STOP_S)
     finally:
         if process.poll() is None:
             seen.update(_descendants(process.pid))
@@ -86,7 +97,7 @@ def serve(
         for left in alive:
             left.kill()
     assert not alive, f"left behind: {alive}"
-    assert process.returncode == 0, output.read_text()
+    assert process.returncode == exit_code, output.read_text()
 
 
 def run_ep(

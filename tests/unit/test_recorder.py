@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ep.link_stats import COUNTERS, LinkStats, link_window
 from ep.load import Window, round_trip_histogram, totals
 from ep.recorder import MAX_SAMPLES, NUM_RECENT, LoadRecorder
+from ep.share import WHOLE, Share
 from tests.unit.shards import NUM_EXPERTS, NUM_LAYERS, TOP_K, make_spec
 
 NUM_SHARDS = 3
@@ -90,6 +91,7 @@ class Rig:
     clock: Clock = field(default_factory=Clock)
     closed: list[Window] = field(default_factory=list)
     decode: npt.NDArray[np.bool_] | None = None
+    share: Share = WHOLE
 
     def __post_init__(self) -> None:
         self.links = [LinkStats() for _ in range(NUM_SHARDS)]
@@ -107,7 +109,7 @@ class Rig:
         self.decode = None if step.decode is None else np.array(step.decode, dtype=bool)
         self.recorder.begin_step(self.links, step.num_tokens, step.num_requests)
         for layer_pos, ids in enumerate(step.ids):
-            self.recorder.note(layer_pos, ids)
+            self.recorder.note(layer_pos, ids, self.share.rows(len(ids)))
             self.carry(step)
         self.clock.now += step.seconds
         if step.fails:
@@ -147,6 +149,21 @@ def test_counts_equal_a_plain_count(made: list[Step]) -> None:
     assert sum(window.num_decode_tokens for window in windows) == tokens[True]
     assert sum(window.num_prefill_tokens for window in windows) == tokens[False]
     assert sum(window.num_steps for window in windows) == len(recorded)
+
+
+@given(steps(), st.integers(1, 4))
+def test_routers_that_share_the_rows_count_each_of_them_once(made: list[Step], size: int) -> None:
+    whole = Rig()
+    parts = [Rig(share=Share(rank, size)) for rank in range(size)]
+    for step in made:
+        for rig in (whole, *parts):
+            rig.run(step)
+    found = [window for rig in parts for window in all_windows(rig)]
+    wanted = all_windows(whole)
+    for phase in ("prefill", "decode"):
+        np.testing.assert_array_equal(totals(found, SHAPE, phase), totals(wanted, SHAPE, phase))
+        tokens = f"num_{phase}_tokens"
+        assert sum(getattr(window, tokens) for window in found) == sum(getattr(window, tokens) for window in wanted)
 
 
 @given(steps())

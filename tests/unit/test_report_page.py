@@ -16,7 +16,7 @@ from ep.report.figure import Figure
 from ep.report.html import Page, Section, render
 from ep.report.numbers import ReportOptions, report_numbers
 from ep.report.pages import report_page
-from ep.report.sheets import Sheet
+from ep.sheet import Sheet
 from tests.traces import SMALL, TraceCase, make_trace
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

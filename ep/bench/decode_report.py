@@ -1,0 +1,82 @@
+"""What `ep bench decode-latency` found, as a table and a plot."""
+
+from __future__ import annotations
+
+from ep.bench.decode_latency import DecodeLatency, LatencyAt
+from ep.bench.page import Report
+from ep.bench.plot import Figure, Series
+from ep.bench.profile import PARTS
+from ep.sheet import Sheet
+
+
+def describe(result: DecodeLatency) -> Report:
+    """A row for each input length: our step, its parts, native's step."""
+    options, lengths = result.options, result.lengths
+    native, profiled = lengths[0].ratio is not None, lengths[0].parts_ms is not None
+    title = (
+        f"{options.model}: ms a decode step, batch {result.batch_size}, {result.output_len} steps, median of "
+        f"{options.rounds} rounds"
+    )
+    columns = ("input", "ep", "lowest to highest", *(PARTS if profiled else ()))
+    columns += ("native", "ep / native") if native else ()
+    last = len(columns)
+    spare = (2, *((last - 1,) if native and profiled else ()))
+    sheet = Sheet(title, columns, tuple(_row(at) for at in lengths), _note(result), spare=spare)
+    figures = (_parts_figure(result),) if profiled else ()
+    return Report(
+        f"Decode latency of {options.model}", (sheet,), (*figures, _latency_figure(result)), notes=_notes(result)
+    )
+
+
+def _row(at: LatencyAt) -> tuple[str, ...]:
+    ours = at.step_ms["ep"]
+    cells = [f"{at.input_len:,}", f"{ours.median:.2f}", f"{ours.low:.2f} to {ours.high:.2f}"]
+    if at.parts_ms is not None:
+        cells += [f"{at.parts_ms[name]:.2f}" for name in PARTS]
+    if at.ratio is not None:
+        cells += [f"{at.step_ms['native'].median:.2f}", f"{at.ratio.median:.2f}"]
+    return tuple(cells)
+
+
+def _note(result: DecodeLatency) -> str:
+    profiles = [at.profile.period_ms / at.step_ms["ep"].median for at in result.lengths if at.profile is not None]
+    if not profiles:
+        return ""
+    return (
+        "The parts are shares of a profiled step, times the step's time without the profiler, with which it took "
+        f"{min(profiles):.2f} to {max(profiles):.2f} times as long."
+    )
+
+
+def _notes(result: DecodeLatency) -> tuple[str, ...]:
+    if result.lengths[0].parts_ms is None:
+        return ()
+    return (
+        "attention: vLLM's attention op, which reads the KV cache, and the write to it; the projections around it are "
+        "in the rest of the model. gate: the gate's product and the choice of experts. dispatch: assigning, sending. "
+        "experts: as far as the router waited while a shard computed. combine: the rest of the wait and the sum. rest "
+        "of the model: projections, norms, dense layers, shared experts, preparing the step. between steps: sampling, "
+        "scheduler, API server.",
+    )
+
+
+def _parts_figure(result: DecodeLatency) -> Figure:
+    places = tuple(at.input_len for at in result.lengths)
+    series = [
+        Series(name, places, tuple(at.parts_ms[name] for at in result.lengths if at.parts_ms is not None))
+        for name in PARTS
+    ]
+    title = f"A decode step of {result.batch_size} requests"
+    return Figure("parts", title, "input length, tokens", "ms", tuple(series), "stack")
+
+
+def _latency_figure(result: DecodeLatency) -> Figure:
+    places = tuple(at.input_len for at in result.lengths)
+    series = []
+    for server in result.lengths[0].step_ms:
+        spreads = [at.step_ms[server] for at in result.lengths]
+        values = tuple(one.median for one in spreads)
+        low, high = tuple(one.low for one in spreads), tuple(one.high for one in spreads)
+        series.append(Series(server, places, values, low, high))
+    title = "Decode latency, with the rounds' range"
+    return Figure("latency", title, "input length, tokens", "ms", tuple(series), log_x=True)

@@ -1,0 +1,114 @@
+"""What a torch profile of a router says of its decode steps: how long each part of a step took.
+
+    |<------------------------------ from one step's start to the next one's ------------------------------>|
+    |<--------------------------- the step in the router ----------------------->|
+     .. attention .. gate dispatch (shared) [experts + combine] .. attention .. ..   sampling, scheduler, API server
+
+Parts are top-level ops of the step, the gate by where it stands: from the last matrix product before a layer's first
+top-k to the end of its last top-k. Of `ep::combine` the router's own mark says how much the shards computed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ep.errors import EpError
+from ep.profile_marks import EXPERTS
+
+PARTS = ("attention", "gate", "dispatch", "experts", "combine", "rest of the model", "between steps")
+_STEP = re.compile(r"^execute_.*context_0\(0\)_generation_(\d+)\(\1\)")
+_ATTENTION = re.compile(r"^vllm::unified_.*(attention|kv_cache_update)")
+_PRODUCT = re.compile(r"linear|gemm|::mm$|::addmm$|::matmul$")
+_LEAST = 3
+_TOPK, _DISPATCH, _COMBINE = "aten::topk", "ep::dispatch", "ep::combine"
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Medians over num_steps decode steps of num_requests requests, milliseconds. period: from one step's start to the
+    next one's, which the parts (by PARTS) add up to."""
+
+    num_steps: int
+    num_requests: int
+    period_ms: float
+    parts_ms: dict[str, float]
+
+
+def read_profile(path: Path, num_requests: int) -> StepParts:
+    """From a Chrome trace (.json or .json.gz) of a router. Raises EpError where it lacks what the parts are told by."""
+    data = path.read_bytes()
+    trace = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+    try:
+        return split_steps(trace["traceEvents"], num_requests)
+    except ValueError as error:
+        raise EpError(f"{path}: {error}") from error
+
+
+def split_steps(events: Sequence[Mapping[str, Any]], num_requests: int) -> StepParts:
+    """events: of a Chrome trace. Raises ValueError."""
+    complete = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: (e["ts"], -e["dur"]))
+    steps = [e for e in complete if e["name"].startswith("execute_")]
+    pairs = [(step, following) for step, following in pairwise(steps) if _decodes(step["name"], num_requests)]
+    if len(pairs) < _LEAST:
+        raise ValueError(f"{len(pairs)} decode steps of {num_requests} requests, expected at least {_LEAST}")
+    rows = []
+    for step, following in pairs:
+        end = step["ts"] + step["dur"]
+        inside = [e for e in complete if e["tid"] == step["tid"] and step["ts"] <= e["ts"] < end and e is not step]
+        rows.append(_parts(inside, step["dur"], following["ts"] - step["ts"]))
+    # The steps of the median period, so that the parts still add up: medians of each part would not.
+    middle = _middle(rows)
+    parts = {name: statistics.fmean(row[name] for row in middle) / 1e3 for name in PARTS}
+    return StepParts(len(rows), num_requests, sum(parts.values()), parts)
+
+
+def _decodes(name: str, num_requests: int) -> bool:
+    found = _STEP.match(name)
+    return found is not None and int(found.group(1)) == num_requests
+
+
+def _parts(events: Sequence[Mapping[str, Any]], step_us: float, period_us: float) -> dict[str, float]:
+    """Microseconds of one step."""
+    spent = dict.fromkeys(PARTS, 0.0)
+    product: Mapping[str, Any] | None = None
+    gate_start = gate_end = 0.0
+    for event in events:
+        name, start, length = str(event["name"]), float(event["ts"]), float(event["dur"])
+        if _ATTENTION.match(name):
+            spent["attention"] += length
+        elif name == _TOPK:
+            if not gate_end and product is not None:
+                gate_start = float(product["ts"])
+            gate_end = start + length
+        elif name == _DISPATCH:
+            spent["dispatch"] += length
+            spent["gate"] += gate_end - gate_start
+            gate_start = gate_end = 0.0
+        elif name == _COMBINE:
+            spent["combine"] += length
+        elif name.startswith(EXPERTS):
+            spent["experts"] += int(name.removeprefix(EXPERTS)) / 1e3
+        elif _PRODUCT.search(name) and not gate_end:
+            product = event
+    missing = [name for name in PARTS[:5] if not spent[name]]
+    if missing:
+        raise ValueError(f"a step's profile shows no {missing[0]}")
+    spent["combine"] -= spent["experts"]
+    spent["rest of the model"] = step_us - sum(spent.values())
+    spent["between steps"] = period_us - step_us
+    return spent
+
+
+def _middle(rows: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
+    """The half of the steps around the median period."""
+    ordered = sorted(rows, key=lambda row: sum(row.values()))
+    cut = len(ordered) // 4
+    return ordered[cut : len(ordered) - cut]

@@ -1,0 +1,167 @@
+"""Servers measured in turns: rounds over the points of a sweep, and what is left of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ep.bench.client import Load, Percentiles, Served, run_client
+from ep.bench.server import Server
+from ep.bench.sweep import Point
+from ep.terminal import Terminal
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server to be measured: its address, the model's name there, the tokenizer for the client's prompts."""
+
+    name: str
+    url: str
+    model: str
+    tokenizer: str
+    server: Server | None = None
+    start_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of the client against one server.
+
+    cpu_s_per_1000_tokens: by kind of process, the client's warm-up included in both; empty for a server that was
+    not started here. idle_cores: CPU cores that the other server, which had no requests, used meanwhile.
+    """
+
+    server: str
+    round_idx: int
+    served: Served
+    cpu_s_per_1000_tokens: dict[str, float]
+    idle_cores: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Medians over a server's rounds, and the range of its throughput."""
+
+    served: Served
+    slowest: float
+    fastest: float
+    cpu_s_per_1000_tokens: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the rounds' values."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One point. ratio: ep's output tokens per second over native's, of every round; None without a baseline."""
+
+    point: Point
+    rounds: tuple[Round, ...]
+    servers: dict[str, Summary]
+    ratio: Spread | None
+
+
+def measure(
+    points: Sequence[Point], load: Load, num_rounds: int, targets: Sequence[Target], terminal: Terminal, logs: Path
+) -> tuple[Measured, ...]:
+    """Every round goes through all points and, at each, through all servers, which take turns in going first; a round
+    before them warms up and is thrown away.
+
+    load: what all points have in common. Every round and point has prompts of its own, the same for all servers.
+    """
+    rounds: list[list[Round]] = [[] for _ in points]
+    with terminal.progress("measuring", total=(num_rounds + 1) * len(points) * len(targets)) as (bar, task):
+        for round_idx in range(-1, num_rounds):
+            for point_idx, point in enumerate(points):
+                seed = load.seed + (round_idx + 1) * len(points) + point_idx
+                at = replace(
+                    load,
+                    concurrency=point.concurrency,
+                    request_rate=point.request_rate,
+                    num_prompts=point.num_prompts,
+                    seed=seed,
+                )
+                for target in targets if round_idx % 2 else targets[::-1]:
+                    others = [other.server for other in targets if other is not target and other.server]
+                    name = f"{target.name}-{point_idx}-{round_idx if round_idx >= 0 else 'warm-up'}"
+                    found = _round(at, target, others, round_idx, logs, name)
+                    bar.advance(task)
+                    if round_idx >= 0:
+                        rounds[point_idx].append(found)
+                        speed = f"{target.name} {found.served.output_tokens_per_s:.0f} tokens/s"
+                        terminal.say(f"round {round_idx}, {point.label}: {speed}")
+    return tuple(_measured(point, of_point) for point, of_point in zip(points, rounds))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def idle_cores(rounds: Sequence[Round], server: str) -> float:
+    """CPU cores that a server used while another was measured."""
+    return statistics.median(r.idle_cores for r in rounds if r.server != server)
+
+
+def _round(load: Load, target: Target, others: Sequence[Server], round_idx: int, logs: Path, name: str) -> Round:
+    server = target.server
+    before = server.cpu_seconds() if server else {}
+    tokens_before = server.generated_tokens() if server else 0
+    idle_before, since = sum(sum(other.cpu_seconds().values()) for other in others), time.monotonic()
+    served = run_client(load, target.url, target.model, target.tokenizer, logs, name)
+    idle = sum(sum(other.cpu_seconds().values()) for other in others) - idle_before
+    used = idle / (time.monotonic() - since)
+    per_1000: dict[str, float] = {}
+    if server:
+        tokens = server.generated_tokens() - tokens_before
+        after = server.cpu_seconds()
+        per_1000 = {label: (after[label] - before.get(label, 0.0)) / tokens * 1000 for label in after}
+    return Round(target.name, round_idx, served, per_1000, used)
+
+
+def _measured(point: Point, rounds: Sequence[Round]) -> Measured:
+    names = list(dict.fromkeys(sorted((r.server for r in rounds), key=lambda name: name != "ep")))
+    speed = {(r.server, r.round_idx): r.served.output_tokens_per_s for r in rounds}
+    ratios = [value / speed["native", idx] for (name, idx), value in speed.items() if name == "ep" and len(names) > 1]
+    return Measured(
+        point,
+        tuple(rounds),
+        {name: _summary([r for r in rounds if r.server == name]) for name in names},
+        spread(ratios) if ratios else None,
+    )
+
+
+def _summary(rounds: Sequence[Round]) -> Summary:
+    def median(value: Callable[[Served], float]) -> float:
+        return statistics.median(value(r.served) for r in rounds)
+
+    def percentiles(latency: str) -> Percentiles:
+        of: list[Percentiles] = [getattr(r.served, latency) for r in rounds]
+        return Percentiles(*(statistics.median(getattr(p, name) for p in of) for name in ("p50", "p90", "p99")))
+
+    speeds = [r.served.output_tokens_per_s for r in rounds]
+    labels = sorted({label for r in rounds for label in r.cpu_s_per_1000_tokens})
+    return Summary(
+        served=Served(
+            duration_s=median(lambda served: served.duration_s),
+            requests_per_s=median(lambda served: served.requests_per_s),
+            output_tokens_per_s=median(lambda served: served.output_tokens_per_s),
+            total_tokens_per_s=median(lambda served: served.total_tokens_per_s),
+            ttft_ms=percentiles("ttft_ms"),
+            tpot_ms=percentiles("tpot_ms"),
+            itl_ms=percentiles("itl_ms"),
+        ),
+        slowest=min(speeds),
+        fastest=max(speeds),
+        cpu_s_per_1000_tokens={
+            label: statistics.median(r.cpu_s_per_1000_tokens.get(label, 0.0) for r in rounds) for label in labels
+        },
+    )
