@@ -12,21 +12,20 @@ import os
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from ep.bench.conditions import Conditions, conditions
+from ep.bench.conditions import conditions
+from ep.bench.ipc_result import Arrangement, IpcBench, IpcBenchOptions, IpcRoundTrip, PollLatency, describe
 from ep.bench.ipc_shards import BenchShard, FixedPartials, ProcessShard, ShardSetup, ThreadShard, payload
 from ep.bench.nccl_pair import NcclPair
-from ep.bench.result import print_json
+from ep.bench.result import publish
 from ep.errors import OptionError, TransportError
 from ep.ipc_server import IpcLimits
 from ep.kernels import p2p_reference
-from ep.kernels.devices import Device, current_device
+from ep.kernels.devices import current_device
 from ep.kernels.p2p import Plan
 from ep.kernels.p2p_layout import MessageShape, pack_header
 from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
@@ -40,68 +39,6 @@ TOP_K, NUM_EXPERTS = 8, 256
 SLICED_LAYERS = 4
 """Of a graph between two processes on one GPU, each layer of which takes milliseconds."""
 PROBES = 200
-
-
-@dataclass(frozen=True)
-class IpcBenchOptions:
-    """Options of `ep bench transport --transport ipc`. tokens: rows that go to every shard. rounds: replays that are
-    timed, in turns with NCCL's."""
-
-    tokens: tuple[int, ...] = (8, 32, 128, 512)
-    hidden_size: int = 7168
-    shards: tuple[int, ...] = (1, 2)
-    layers: int = 58
-    rounds: int = 20
-    seed: int = 0
-    output: str | None = None
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """Where the shards run. name: gpus (each on another GPU than the router, as far as there are any), streams (on
-    streams of the router's process and GPU), slices (in processes of their own on the router's GPU)."""
-
-    name: str
-    num_shards: int
-    layers: int
-    in_process: tuple[bool, ...]
-    gpus: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class IpcRoundTrip:
-    """Microseconds a layer: median, least and most of the replays; nccl_us: of the same bytes, None without a second
-    GPU. launch_us: the shard's thread from seeing a message to its graph's launch."""
-
-    arrangement: str
-    num_shards: int
-    tokens: int
-    layers: int
-    us: float
-    min_us: float
-    max_us: float
-    nccl_us: float | None
-    launch_us: float
-
-
-@dataclass(frozen=True)
-class PollLatency:
-    """Microseconds from a header's writing by a host to the shard's answer seen by that host, after an idle gap."""
-
-    arrangement: str
-    idle_ms: float
-    p50_us: float
-    p99_us: float
-
-
-@dataclass(frozen=True)
-class IpcBench:
-    options: IpcBenchOptions
-    conditions: Conditions
-    device: Device
-    num_gpus: int
-    round_trips: tuple[IpcRoundTrip, ...]
-    polls: tuple[PollLatency, ...]
 
 
 def run(options: IpcBenchOptions) -> IpcBench:
@@ -119,7 +56,7 @@ def run(options: IpcBenchOptions) -> IpcBench:
                     bar.advance(task)
                 polls += rig.measure_polls()
     bench = IpcBench(options, before, current_device(), num_gpus, tuple(found), tuple(polls))
-    _print(bench)
+    publish("transport-ipc", bench, describe(bench), Console())
     return bench
 
 
@@ -244,6 +181,7 @@ class _Rig:
             round(statistics.median(times), 2),
             round(min(times), 2),
             round(max(times), 2),
+            tuple(round(took, 2) for took in times),
             round(statistics.median(nccl_times[1:]), 2) if nccl_times else None,
             round(launch_ns / max(jobs, 1) / 1e3, 2),
         )
@@ -293,7 +231,7 @@ class _Rig:
                         raise TransportError("the shard's thread does not look at its mailboxes")
                 times.append((time.perf_counter() - start) * 1e6)
             p50, p99 = (round(float(np.percentile(times, q)), 2) for q in (50, 99))
-            found.append(PollLatency(self._arrangement.name, idle_ms, p50, p99))
+            found.append(PollLatency(self._arrangement.name, self._arrangement.num_shards, idle_ms, p50, p99))
         block.generations[0] = 0
         router.reset()
         return found
@@ -307,27 +245,3 @@ def _ids(num_tokens: int, num_shards: int, generator: torch.Generator) -> torch.
         first = (choice % num_shards) * per_shard
         columns.append(first + torch.randint(0, per_shard, (num_tokens,), generator=generator))
     return torch.stack(columns, dim=1).int()
-
-
-def _print(bench: IpcBench) -> None:
-    options, console = bench.options, Console()
-    where = f"{bench.num_gpus} x {bench.device.name}"
-    table = Table(title=f"Round trip of a layer without compute, hidden {options.hidden_size}, µs ({where})")
-    table.add_column("shards on")
-    for name in ("shards", "tokens", "layers", "median", "min", "max", "NCCL", "launch"):
-        table.add_column(name, justify="right")
-    for row in bench.round_trips:
-        nccl = "-" if row.nccl_us is None else f"{row.nccl_us:.1f}"
-        figures = (f"{row.us:.1f}", f"{row.min_us:.1f}", f"{row.max_us:.1f}", nccl, f"{row.launch_us:.1f}")
-        table.add_row(row.arrangement, str(row.num_shards), str(row.tokens), str(row.layers), *figures)
-    console.print(table)
-    polls = Table(title="A message's way to the shard's thread and its refusal back, µs")
-    polls.add_column("shards on")
-    for name in ("idle ms", "p50", "p99"):
-        polls.add_column(name, justify="right")
-    for poll in bench.polls:
-        polls.add_row(poll.arrangement, f"{poll.idle_ms:g}", f"{poll.p50_us:.1f}", f"{poll.p99_us:.1f}")
-    console.print(polls)
-    if bench.num_gpus < 2:
-        console.print("one GPU: no transfer between GPUs is in these figures, and nothing to compare them with")
-    print_json("transport-ipc", replace(bench), options.output)
