@@ -57,9 +57,11 @@ class IpcLimits:
 
 @dataclass
 class IpcStats:
-    """Counted since the server was made. messages: answered; joined: those that shared a job with another."""
+    """Counted since the server was made. messages: answered; joined: those that shared a job with another. launch_ns:
+    from seeing that there is work to having it launched, over all jobs."""
 
     jobs: int = 0
+    launch_ns: int = 0
     messages: int = 0
     joined: int = 0
     tokens: int = 0
@@ -118,6 +120,11 @@ class IpcServer:
         self._is_stopping = False
         self._graphs: dict[int, Launch] = {}
         device.synchronize()
+
+    @property
+    def job(self) -> Job:
+        """The newest job's rows; to be looked at while nothing is asked."""
+        return self._job
 
     @property
     def buffer_bytes(self) -> int:
@@ -263,6 +270,7 @@ class IpcServer:
         self._block.routers[peer.router_idx, layout.ABORT] = 1
 
     def _launch_job(self) -> None:
+        start = time.perf_counter_ns()
         joined = join(self._waiting, self._limits.job_tokens)
         self._waiting = joined.left
         self._ring.post(joined.layer_pos, joined.num_rows, joined.parts)
@@ -273,6 +281,7 @@ class IpcServer:
             self._run(joined.num_rows)
         stats = self.stats
         stats.jobs += 1
+        stats.launch_ns += time.perf_counter_ns() - start
         stats.messages += sum(part.is_last for part in joined.parts)
         stats.joined += len(joined.parts) if len(joined.parts) > 1 else 0
         stats.tokens += joined.num_rows

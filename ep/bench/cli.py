@@ -110,18 +110,44 @@ def bench_rebalance(**options: Any) -> None:
 
 
 @bench.command("transport")
-@click.option("--num-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--transport",
+    type=click.Choice(["socket", "ipc"]),
+    default="socket",
+    show_default=True,
+    help="socket: between processes, beside gloo. ipc: between GPUs, from within a captured graph, beside NCCL.",
+)
+@click.option(
+    "--num-tokens", type=Listing(int), default=(), help="Tokens of a layer. [default: 128; ipc: 8,32,128,512]"
+)
 @click.option("--hidden-size", type=click.IntRange(1), default=7168, show_default=True)
-@click.option("--shards", type=click.IntRange(1), multiple=True, default=(2, 4), show_default=True)
-@click.option("--ways", multiple=True, default=("shm", "tcp", "gloo"), show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=400, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--shards", type=click.IntRange(1), multiple=True, help="May be repeated. [default: 2, 4; ipc: 1, 2]")
+@click.option("--ways", multiple=True, help="Of socket. [default: shm, tcp, gloo]")
+@click.option("--iterations", type=click.IntRange(1), help="Of socket: round trips in a round. [default: 400]")
+@click.option("--layers", type=click.IntRange(1), help="Of ipc: round trips in the graph. [default: 58]")
+@click.option("--rounds", type=click.IntRange(1), help="[default: 5; ipc: 20 replays of the graph]")
 @_results
-def bench_transport(**options: Any) -> None:
-    """Round trips without compute between real processes, over shared memory, TCP and gloo."""
+def bench_transport(transport: str, num_tokens: tuple[int, ...], **options: Any) -> None:
+    """Round trips without compute: between processes over shared memory and TCP, or between GPUs."""
+    chosen = {name: value for name, value in given(options).items() if value is not None}
+    for name in ("ways", "iterations") if transport == "ipc" else ("layers",):
+        if name in chosen:
+            raise click.UsageError(f"--{name} is no option of --transport {transport}")
+    if transport == "ipc":
+        from ep.bench.ipc import run as run_ipc
+        from ep.bench.ipc_result import IpcBenchOptions
+
+        if num_tokens:
+            chosen["tokens"] = num_tokens
+        run_ipc(IpcBenchOptions(**chosen))
+        return
+    if len(num_tokens) > 1:
+        raise click.UsageError("--num-tokens is a list, expected one number with --transport socket")
     from ep.bench.transport import TransportBenchOptions, report, run
 
-    report(run(TransportBenchOptions(**options)))
+    if num_tokens:
+        chosen["num_tokens"] = num_tokens[0]
+    report(run(TransportBenchOptions(**chosen)))
 
 
 @bench.command("kernels")

@@ -115,6 +115,19 @@ def _transport(result: Mapping[str, Any]) -> Iterator[Figure]:
             yield Figure(f"{name}: {p}, µs", row[f"{p}_us"], better, tuple(row[f"{p}_us_rounds"]))
 
 
+def _transport_ipc(result: Mapping[str, Any]) -> Iterator[Figure]:
+    for row in result["round_trips"]:
+        name = f"{row['arrangement']}, {row['num_shards']} shards, {row['tokens']} tokens"
+        yield Figure(f"{name}: a layer, µs", row["us"], LOWER, tuple(row["us_rounds"]))
+        yield Figure(f"{name}: launch, µs", row["launch_us"], LOWER)
+        if row["nccl_us"] is not None:
+            yield Figure(f"{name}: NCCL, µs", row["nccl_us"], BASELINE)
+    for row in result["polls"]:
+        name = f"{row['arrangement']}, {row['num_shards']} shards, a poll after {row['idle_ms']} ms"
+        for p in ("p50", "p99"):
+            yield Figure(f"{name}: {p}, µs", row[f"{p}_us"], LOWER)
+
+
 def _kernels(result: Mapping[str, Any]) -> Iterator[Figure]:
     for row in result["times"]:
         name = f"{row['op']}, {row['tokens']} tokens, {row['routing']}"
@@ -158,4 +171,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Figure]]] = {
     "serve": _serve,
     "soak": _soak,
     "transport": _transport,
+    "transport-ipc": _transport_ipc,
 }

@@ -238,9 +238,10 @@ class IpcTransport:
         return counts
 
     def close(self) -> None:
-        """No shard may answer any more."""
+        """Gives up what is awaited. No shard may answer any more."""
         if self._closing.is_set():
             return
+        self._host[layout.ABORT] = 1
         self._closing.set()
         self._watchdog.join()
         self._device.synchronize()

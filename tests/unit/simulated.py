@@ -93,8 +93,12 @@ class SimulatedExperts:
     """A JobCompute of one shard's slots: an expert multiplies by its factor."""
 
     def __init__(self, device: SimulatedDevice, placement: Placement, shard_idx: int) -> None:
-        self._device = device
-        slots = torch.from_numpy(placement.slots[:, shard_idx].copy())
+        self._device, self._shard_idx = device, shard_idx
+        self.fill(placement)
+
+    def fill(self, placement: Placement) -> None:
+        """Other experts in the same slots, while none of them is asked."""
+        slots = torch.from_numpy(placement.slots[:, self._shard_idx].copy())
         table = factors(placement.num_moe_layers, placement.num_experts)
         self._factors = torch.where(slots >= 0, table.gather(1, slots.clamp(min=0).long()), float("nan"))
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ep.bench.compare import BETTER, SAME, WORSE, Comparison, compare, read_result
 from ep.bench.decode_latency import DecodeLatency
 from ep.bench.figures import HIGHER, LOWER, figures
+from ep.bench.ipc_result import IpcBench
 from ep.bench.kernels import KernelBench
 from ep.bench.placement import PlacementBench
 from ep.bench.rebalance import RebalanceBench
@@ -121,6 +122,7 @@ RESULTS = {
     "rebalance": RebalanceBench,
     "placement": PlacementBench,
     "transport": TransportBench,
+    "transport-ipc": IpcBench,
     "kernels": KernelBench,
 }
 
@@ -146,7 +148,7 @@ def test_a_file_that_is_kept() -> None:
 
 @given(st.recursive(st.none() | st.booleans() | TIMES | st.text(max_size=5), lambda s: st.lists(s, max_size=3)))
 def test_what_is_no_result_is_named(junk: Any) -> None:
-    for bench in ("serve", "decode-latency", "nodes", "soak", "transport", "kernels", "rebalance", "placement"):
+    for bench in ("nodes", "soak", *RESULTS):
         result = {"bench": bench, "points": junk, "round_trips": junk, "times": junk, "results": junk, "lengths": junk}
         try:
             assert figures(result, "x.json") == [] and bench not in ("rebalance", "soak")

@@ -54,6 +54,7 @@ class Interleavings(RuleBasedStateMachine):
         self.block = MailboxBlock.open(f"test-{time.time_ns()}", 2, 2)
         self.generation = 0
         self.served = {0}
+        self.experts: dict[int, SimulatedExperts] = {}
         self.shard_devices = [SimulatedDevice() for _ in range(2)]
         self.servers: list[IpcServer | None] = [self.make_server(shard) for shard in range(2)]
         self.devices = [SimulatedDevice() for _ in range(2)]
@@ -74,10 +75,10 @@ class Interleavings(RuleBasedStateMachine):
 
     def make_server(self, shard_idx: int) -> IpcServer:
         device = self.shard_devices[shard_idx] = SimulatedDevice()
-        experts = [SimulatedExperts(device, placement, shard_idx) for placement in PLACEMENTS]
+        experts = self.experts[shard_idx] = SimulatedExperts(device, PLACEMENTS[self.generation], shard_idx)
         server = IpcServer(
-            device, self.block, shard_idx, message_shape(MAX_TOKENS), LAYERS,
-            lambda *job: experts[self.generation](*job), lambda: self.served, IpcLimits(8, 4),
+            device, self.block, shard_idx, message_shape(MAX_TOKENS), LAYERS, experts, lambda: self.served,
+            IpcLimits(8, 4),
         )  # fmt: skip
         server.capture()
         return server
@@ -155,6 +156,8 @@ class Interleavings(RuleBasedStateMachine):
         """All shards are done with the old one: its slots are filled anew."""
         self.generation = 1 - self.generation
         self.served = {self.generation}
+        for experts in self.experts.values():
+            experts.fill(PLACEMENTS[self.generation])
         for transport in self.routers:
             transport.set_placement(PLACEMENTS[self.generation])
 
@@ -227,5 +230,5 @@ class Interleavings(RuleBasedStateMachine):
         self.block.close()
 
 
-Interleavings.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Interleavings.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestInterleavings = Interleavings.TestCase
