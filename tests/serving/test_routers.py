@@ -210,8 +210,7 @@ def test_each_rank_dispatches_its_share(tensor_parallel: Seen) -> None:
     assert len(sent) == 2 and 0.7 < sent[1] / sent[0] <= 1
     assert tensor_parallel.trace is not None
     decoded = sum(window.num_decode_tokens for window in tensor_parallel.trace.windows)
-    whole = len(tensor_parallel.said) * NUM_PROMPTS * (NUM_TOKENS - 1)
-    assert whole <= decoded < whole + 4  # of the request that fails, a step may have been computed
+    assert decoded == len(tensor_parallel.said) * NUM_PROMPTS * (NUM_TOKENS - 1)
 
 
 def test_a_step_that_one_rank_cannot_compute_fails_alone(tensor_parallel: Seen) -> None:
