@@ -51,8 +51,12 @@ def unreachable(ports: Collection[tuple[str, int]], timeout_s: float) -> dict[tu
                 found[port] = os.strerror(code)
         answered: set[tuple[str, int]] = set(found)
         end = time.monotonic() + timeout_s
-        while len(answered) < len(waiting) and (left := end - time.monotonic()) > 0:
-            for fd, _ in poll.poll(left * 1e3):
+        while len(answered) < len(waiting):
+            left = max(end - time.monotonic(), 0.0)
+            events = poll.poll(left * 1e3)  # at least once: this process may have slept through the whole time
+            if not events and not left:
+                break
+            for fd, _ in events:
                 sock, port = waiting[fd]
                 poll.unregister(fd)
                 answered.add(port)
@@ -66,11 +70,13 @@ def unreachable(ports: Collection[tuple[str, int]], timeout_s: float) -> dict[tu
 
 @dataclass
 class _Watched:
-    """misses: probes in a row without an answer. since: when the last answer came. lost: why, "" while it is not."""
+    """misses: probes in a row without an answer. since: when the last answer came. lost: why, "" while it is not;
+    lost_at: when it was called so."""
 
     since: float
     misses: int = 0
     lost: str = ""
+    lost_at: float = 0.0
 
 
 class HostWatch:
@@ -94,13 +100,14 @@ class HostWatch:
         return host.lost if host is not None else ""
 
     def status(self) -> list[dict[str, Any]]:
-        """For `ep status`. silent_s: since when a lost host has not answered."""
+        """For `ep status`. silent_s: since when a lost host has not answered; lost_after_s: when that was seen."""
         return [
             {
                 "address": address,
                 "state": "lost" if host.lost else "up",
                 "why": host.lost,
                 "silent_s": round(time.time() - host.since, 1) if host.lost else 0.0,
+                "lost_after_s": round(host.lost_at - host.since, 1) if host.lost else 0.0,
             }
             for address, host in self._hosts.items()
         ]
@@ -123,7 +130,7 @@ class HostWatch:
                 continue
             host.misses += 1
             if not host.lost and (port is None or host.misses >= MAX_MISSES):
-                host.lost = why
+                host.lost, host.lost_at = why, time.time()
                 log.warning("host %s is lost: %s", address, why)
                 self._on_lost(address)
 

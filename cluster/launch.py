@@ -209,9 +209,10 @@ class Launch:
         deadline = time.monotonic() + self.options.wait_s
         quiet_until = time.monotonic() + _SAY_AFTER_S
         while True:
-            hosts = spread(
-                live_hosts(self.session.node_id), bundle, self.options.num_shard_actors, self.options.num_hosts
-            )
+            options = self.options
+            first, *others = live_hosts(self.session.node_id)
+            first = first.without({"GPU": options.router_gpus * options.num_routers})
+            hosts = spread([first, *others], bundle, options.num_shard_actors, options.num_hosts)
             if hosts is not None:
                 # Each bundle keeps to its host: on another one's loss Ray would move it to wherever there is room.
                 self._group = placement_group([bundle | {f"node:{host}": _PIN} for host in hosts])
@@ -230,10 +231,13 @@ class Launch:
             time.sleep(_POLL_S)
 
     def _missing(self, bundle: dict[str, float]) -> str:
-        num_shards = self.options.placement.num_shards
+        options = self.options
+        num_shards, gpus = options.num_shard_actors, options.router_gpus * options.num_routers
         free, alive = ray.available_resources(), sum(node["Alive"] for node in ray.nodes())
         asked = ", ".join(f"{num_shards} x {amount:g} {name}" for name, amount in bundle.items())
-        if self.options.num_hosts is not None:
-            asked += f" on {self.options.num_hosts} nodes"
+        if options.num_hosts is not None:
+            asked += f" on {options.num_hosts} nodes"
+        if gpus:
+            asked += f", routers {gpus:g} GPU on this one"
         have = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
         return f"{num_shards} shards need {asked}; free on {alive} node{'s' * (alive != 1)}: {have}"

@@ -28,7 +28,7 @@ from ep.tensor_file import DTYPES
 
 MARKER_FILE = "ep-made.json"
 
-ATTENTION_LOGIT = 2.0
+ATTENTION_LOGIT = 1.0
 ATTENTION_OUT = 1.0
 MLP_OUT = 1.0
 """What all layers' attentions, or MLPs, add to the stream together; a token's embedding is 1."""

@@ -18,8 +18,8 @@ NORMAL = tuple(NormalDist().inv_cdf((idx + 0.5) / 256) for idx in range(256))
 """256 values of equal chance in a normal distribution of zero mean; their standard deviation is 0.9975."""
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_CHUNK_BYTES = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Values made at once: so that what lies between stays in a CPU's cache, and a GPU's launches are few."""
+_CHUNK_VALUES = {"cpu": 1 << 15, "cuda": 1 << 24}
+"""Values made at once. On a CPU what torch computes in one thread: for steps so short others are not worth waking."""
 
 # Wellons' lowbias32, in int32: torch multiplies modulo 2^32 there, but shifts the sign in.
 _SHIFTS = (16, 15, 16)
@@ -32,15 +32,15 @@ def make_key(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(raw[:4], "little", signed=True), int.from_bytes(raw[4:], "little", signed=True)
 
 
-def fill(out: torch.Tensor, table: torch.Tensor, key: tuple[int, int], chunk_bytes: int | None = None) -> None:
+def fill(out: torch.Tensor, table: torch.Tensor, key: tuple[int, int], chunk: int | None = None) -> None:
     """Fills `out`, contiguous, on any device, with entries of table [256] of its dtype.
 
-    chunk_bytes: a multiple of 4; the values do not depend on it.
+    chunk: how many at once, a multiple of 4; the values do not depend on it.
     """
     assert out.is_contiguous() and table.shape == (256,) and table.dtype == out.dtype
     raw = _BYTES[out.itemsize]
     values, choices = out.view(-1).view(raw), table.to(out.device).view(raw)
-    step = chunk_bytes or _CHUNK_BYTES.get(out.device.type, 1 << 20)
+    step = chunk or _CHUNK_VALUES.get(out.device.type, 1 << 20)
     step = min(step, -(-len(values) // 4) * 4)
     numbers = torch.arange(step // 4, dtype=torch.int32, device=out.device)
     words, scratch = torch.empty_like(numbers), torch.empty_like(numbers)

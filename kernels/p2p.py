@@ -4,8 +4,8 @@
                       └─ rows ─> inboxes, header ─> mailboxes        ^
     shard              (a host thread sees it)  collect ─> experts ─> return: partials, flags
 
-Static shapes, counts that live on the device, no allocation and no word from a host: it may be captured in graphs.
-One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has the torch twins.
+Static shapes, counts that live on the device, no allocation, no word from a host: all of it may be captured in graphs.
+One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has torch twins.
 
 Shapes: T rows of a call, K choices per token, H hidden, S shards, P slots per shard, L MoE layers, E logical experts, R
 replicas of an expert at most, N routers of a shard, C capacity of a job.

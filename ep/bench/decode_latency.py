@@ -120,7 +120,7 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
         )
         targets = start_targets(wanted, terminal, logs, stack)
         rounds = _measure(batches, options.rounds, targets, terminal)
-        profiled = _profile(batches, targets[0], profiles, terminal) if options.parts else [None] * len(batches)
+        profiled = _profile_all(batches, targets[0], profiles, terminal) if options.parts else [None] * len(batches)
     return DecodeLatency(
         at,
         options,
@@ -186,20 +186,24 @@ def _measure(
     return rounds
 
 
-def _profile(
-    batches: Sequence[Batch], target: Target, profiles: Path, terminal: Terminal
+def profile(batch: Batch, url: str, model: str, folder: Path) -> StepParts:
+    """The parts of the steps of our router at `url`, whose profiler writes into `folder`. Raises EpError."""
+    before = set(folder.glob("*.json*"))
+    decode(batch, url, model, lambda: _post(url, "/start_profile"))
+    _post(url, "/stop_profile")
+    new = [path for path in sorted(folder.glob("*.json*")) if path not in before]
+    if len(new) != 1:
+        raise EpError(f"{folder}: the router wrote {len(new)} profiles, expected 1")
+    return read_profile(new[0], batch.num_requests)
+
+
+def _profile_all(
+    batches: Sequence[Batch], target: Target, folder: Path, terminal: Terminal
 ) -> list[StepParts | None]:
-    """The parts of our router's steps, by batch."""
     found: list[StepParts | None] = []
     with terminal.progress("profiling", total=len(batches)) as (bar, task):
         for batch in batches:
-            before = set(profiles.glob("*.json*"))
-            decode(batch, target.url, target.model, lambda: _post(target.url, "/start_profile"))
-            _post(target.url, "/stop_profile")
-            new = [path for path in sorted(profiles.glob("*.json*")) if path not in before]
-            if len(new) != 1:
-                raise EpError(f"{profiles}: the router wrote {len(new)} profiles, expected 1")
-            found.append(read_profile(new[0], batch.num_requests))
+            found.append(profile(batch, target.url, target.model, folder))
             bar.advance(task)
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from ep.bench.decode_latency import DecodeLatency, LatencyAt
 from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
@@ -10,32 +12,32 @@ from ep.sheet import Sheet
 
 
 def describe(result: DecodeLatency) -> Report:
-    """A row for each input length: our step, its parts, native's step."""
+    """A column for each input length: our step, its parts, native's step."""
     options, lengths = result.options, result.lengths
-    native, profiled = lengths[0].ratio is not None, lengths[0].parts_ms is not None
     title = (
         f"{options.model}: ms a decode step, batch {result.batch_size}, {result.output_len} steps, median of "
         f"{options.rounds} rounds"
     )
-    columns = ("input", "ep", "lowest to highest", *(PARTS if profiled else ()))
-    columns += ("native", "ep / native") if native else ()
-    last = len(columns)
-    spare = (2, *((last - 1,) if native and profiled else ()))
-    sheet = Sheet(title, columns, tuple(_row(at) for at in lengths), _note(result), spare=spare)
-    figures = (_parts_figure(result),) if profiled else ()
+    columns = ("input length, tokens", *(f"{at.input_len:,}" for at in lengths))
+    sheet = Sheet(title, columns, tuple(_rows(lengths)), _note(result))
+    figures = (_parts_figure(result),) if lengths[0].parts_ms is not None else ()
     return Report(
         f"Decode latency of {options.model}", (sheet,), (*figures, _latency_figure(result)), notes=_notes(result)
     )
 
 
-def _row(at: LatencyAt) -> tuple[str, ...]:
-    ours = at.step_ms["ep"]
-    cells = [f"{at.input_len:,}", f"{ours.median:.2f}", f"{ours.low:.2f} to {ours.high:.2f}"]
-    if at.parts_ms is not None:
-        cells += [f"{at.parts_ms[name]:.2f}" for name in PARTS]
-    if at.ratio is not None:
-        cells += [f"{at.step_ms['native'].median:.2f}", f"{at.ratio.median:.2f}"]
-    return tuple(cells)
+def _rows(lengths: Sequence[LatencyAt]) -> Iterator[tuple[str, ...]]:
+    for server in lengths[0].step_ms:
+        spreads = [at.step_ms[server] for at in lengths]
+        yield (f"step, {server}", *(f"{one.median:.2f}" for one in spreads))
+        yield ("  lowest to highest round", *(f"{one.low:.2f} to {one.high:.2f}" for one in spreads))
+        for name in PARTS if server == "ep" else ():
+            parts = [at.parts_ms for at in lengths if at.parts_ms is not None]
+            if parts:
+                yield (f"  {name}", *(f"{of[name]:.2f}" for of in parts))
+    ratios = [at.ratio for at in lengths if at.ratio is not None]
+    if ratios:
+        yield ("ep / native", *(f"{ratio.median:.2f}" for ratio in ratios))
 
 
 def _note(result: DecodeLatency) -> str:
@@ -53,10 +55,10 @@ def _notes(result: DecodeLatency) -> tuple[str, ...]:
         return ()
     return (
         "attention: vLLM's attention op, which reads the KV cache, and the write to it; the projections around it are "
-        "in the rest of the model. gate: the gate's product and the choice of experts. dispatch: assigning, sending. "
-        "experts: as far as the router waited while a shard computed. combine: the rest of the wait and the sum. rest "
-        "of the model: projections, norms, dense layers, shared experts, preparing the step. between steps: sampling, "
-        "scheduler, API server.",
+        "in the rest of the model. gate: the gate's product and the choice of experts. dispatch: assigning and "
+        "sending. experts: as far as the router waited while a shard computed. combine: the rest of the wait and the "
+        "sum. rest of the model: projections, norms, dense layers, shared experts, preparing the step. between steps: "
+        "sampling, scheduler, API server.",
     )
 
 

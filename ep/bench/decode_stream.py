@@ -9,7 +9,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,20 +72,22 @@ def decode(batch: Batch, url: str, model: str, on_start: Callable[[], None] | No
             elif before < begun[request_idx] + batch.output_len <= num_tokens:
                 done += 1
                 if done == batch.num_requests:
-                    return _decoded(seen, begun, batch.output_len, sent, started)
+                    return summarize(seen, begun, batch.output_len, 1e3 * (started - sent))
     raise EpError(f"{url}: ended after {done} of {batch.num_requests} requests had their {batch.output_len} tokens")
 
 
-def _decoded(
-    seen: list[list[tuple[int, float]]], begun: list[int], output_len: int, sent: float, started: float
+def summarize(
+    seen: Sequence[Sequence[tuple[int, float]]], begun: Sequence[int], output_len: int, first_ms: float
 ) -> Decoded:
+    """seen: of each request, its tokens so far and when (seconds). begun: tokens that each had when all had started. A
+    piece that brings several tokens at once is as many gaps of the same length."""
     gaps, means = [], []
     for stream, first in zip(seen, begun, strict=True):
         window = [(tokens, at) for tokens, at in stream if first <= tokens <= first + output_len]
         for (tokens, at), (more, later) in pairwise(window):
             gaps += [(later - at) / (more - tokens)] * (more - tokens)
         means.append((window[-1][1] - window[0][1]) / (window[-1][0] - window[0][0]))
-    return Decoded(1e3 * statistics.median(gaps), 1e3 * statistics.fmean(means), 1e3 * (started - sent))
+    return Decoded(1e3 * statistics.median(gaps), 1e3 * statistics.fmean(means), first_ms)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def figures(result: Mapping[str, Any], source: str) -> list[Figure]:
         raise OptionError(f"{source}: bench is {result.get('bench')!r}, expected one of {', '.join(sorted(_READERS))}")
     try:
         found = list(read(result))
-        assert all(isinstance(value, int | float) for one in found for value in (one.value, *one.rounds))
+        assert all(isinstance(value, int | float) and value >= 0 for one in found for value in (one.value, *one.rounds))
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         wrong = f"{type(error).__name__} {error}".strip()
         raise OptionError(f"{source}: is no result of this version's ep bench {result['bench']} ({wrong})") from error
@@ -87,6 +87,26 @@ def _decode_latency(result: Mapping[str, Any]) -> Iterator[Figure]:
             yield Figure(f"{name}: ep / native", at["ratio"]["median"], LOWER, ratios)
 
 
+def _nodes(result: Mapping[str, Any]) -> Iterator[Figure]:
+    for point in result["points"]:
+        name, rounds = f"{point['num_nodes']} nodes, {point['num_shards']} shards", point["rounds"]
+        speeds = tuple(r["output_tokens_per_s"] for r in rounds)
+        yield Figure(f"{name}: output tokens/s", point["output_tokens_per_s"], HIGHER, speeds)
+        yield Figure(f"{name}: efficiency", point["efficiency"], HIGHER)
+        yield Figure(f"{name}: failed requests", point["num_failed"], LOWER)
+        yield Figure(f"{name}: texts that differ", point["num_different"], LOWER)
+        for link in point["links"]:
+            for key in ("round_trip_us_p50", "round_trip_us_p99", "bytes_per_token"):
+                yield Figure(f"{name}, shard {link['shard']}: {key}", link[key], LOWER)
+
+
+def _soak(result: Mapping[str, Any]) -> Iterator[Figure]:
+    yield Figure("output tokens/s", result["output_tokens_per_s"], HIGHER)
+    yield Figure("failed requests", result["num_failed"], LOWER)
+    grown = max((1 + one["growth"] for one in result["growths"]), default=1.0)
+    yield Figure("memory of the process that grew most, after / before", grown, LOWER)
+
+
 def _transport(result: Mapping[str, Any]) -> Iterator[Figure]:
     for row in result["round_trips"]:
         better = BASELINE if row["way"] == "gloo" else LOWER
@@ -132,8 +152,10 @@ def _placement(result: Mapping[str, Any]) -> Iterator[Figure]:
 _READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Figure]]] = {
     "decode-latency": _decode_latency,
     "kernels": _kernels,
+    "nodes": _nodes,
     "placement": _placement,
     "rebalance": _rebalance,
     "serve": _serve,
+    "soak": _soak,
     "transport": _transport,
 }

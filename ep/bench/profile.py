@@ -98,7 +98,7 @@ def _parts(events: Sequence[Mapping[str, Any]], step_us: float, period_us: float
             spent["experts"] += int(name.removeprefix(EXPERTS)) / 1e3
         elif _PRODUCT.search(name) and not gate_end:
             product = event
-    missing = [name for name in PARTS[:5] if not spent[name]]
+    missing = [name for name in ("attention", "dispatch", "gate", "experts", "combine") if not spent[name]]
     if missing:
         raise ValueError(f"a step's profile shows no {missing[0]}")
     spent["combine"] -= spent["experts"]

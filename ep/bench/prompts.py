@@ -29,10 +29,10 @@ def check_prompts(path: str, output_len: int | None) -> PromptFile:
     if not path.endswith(".jsonl"):
         raise OptionError(f"--prompts {path}: expected a name that ends in .jsonl")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--prompts {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not lines:
+    if lines == [""]:
         raise OptionError(f"--prompts {path}: holds no prompt")
     for number, line in enumerate(lines, 1):
         wrong = _wrong(line, output_len is None)

@@ -99,7 +99,7 @@ def measure(
                         rounds[point_idx].append(found)
                         speed = f"{target.name} {found.served.output_tokens_per_s:.0f} tokens/s"
                         terminal.say(f"round {round_idx}, {point.label}: {speed}")
-    return tuple(_measured(point, of_point) for point, of_point in zip(points, rounds))
+    return tuple(sum_up(point, of_point) for point, of_point in zip(points, rounds))
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -127,7 +127,8 @@ def _round(load: Load, target: Target, others: Sequence[Server], round_idx: int,
     return Round(target.name, round_idx, served, per_1000, used)
 
 
-def _measured(point: Point, rounds: Sequence[Round]) -> Measured:
+def sum_up(point: Point, rounds: Sequence[Round]) -> Measured:
+    """What the rounds of one point come to; ours is the first of the servers."""
     names = list(dict.fromkeys(sorted((r.server for r in rounds), key=lambda name: name != "ep")))
     speed = {(r.server, r.round_idx): r.served.output_tokens_per_s for r in rounds}
     ratios = [value / speed["native", idx] for (name, idx), value in speed.items() if name == "ep" and len(names) > 1]

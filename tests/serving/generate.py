@@ -45,16 +45,16 @@ class Case:
     num_alone: int | None = None
 
 
-def native(checkpoint: Path, prompts: Sequence[list[int]]) -> list[Continuation]:
-    """What native vLLM says on bf16 weights."""
-    return _in_process(_native, str(checkpoint), list(prompts))
+def native(checkpoint: Path, prompts: Sequence[list[int]], **options: Any) -> list[Continuation]:
+    """What native vLLM says on bf16 weights. options: further ones of vLLM's LLM, here and in `routed`."""
+    return _in_process(_native, str(checkpoint), list(prompts), options)
 
 
 def routed(
-    checkpoint: Path, prompts: Sequence[list[int]], cases: Sequence[Case], folder: Path
+    checkpoint: Path, prompts: Sequence[list[int]], cases: Sequence[Case], folder: Path, **options: Any
 ) -> list[list[list[int]]]:
     """Tokens by case and prompt."""
-    return _in_process(_routed, str(checkpoint), list(prompts), list(cases), str(folder))
+    return _in_process(_routed, str(checkpoint), list(prompts), list(cases), str(folder), options)
 
 
 def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -63,13 +63,15 @@ def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(call, *arguments).result()
 
 
-def _native(checkpoint: str, prompts: list[list[int]]) -> list[Continuation]:
-    engine = _engine(model=checkpoint)
+def _native(checkpoint: str, prompts: list[list[int]], options: dict[str, Any]) -> list[Continuation]:
+    engine = _engine(model=checkpoint, **options)
     outputs = _generate(engine, prompts, logprobs=2)
     return [Continuation(list(output.token_ids), [_gap(step) for step in output.logprobs]) for output in outputs]
 
 
-def _routed(checkpoint: str, prompts: list[list[int]], cases: list[Case], folder: str) -> list[list[list[int]]]:
+def _routed(
+    checkpoint: str, prompts: list[list[int]], cases: list[Case], folder: str, options: dict[str, Any]
+) -> list[list[list[int]]]:
     from ep.engine.ops import bind_router
 
     spec = Checkpoint(checkpoint).spec
@@ -82,7 +84,7 @@ def _routed(checkpoint: str, prompts: list[list[int]], cases: list[Case], folder
             bind_router(router)
             if engine is None:
                 overrides = {"architectures": [ARCHITECTURES[spec.family][0]], "quantization_config": None}
-                engine = _engine(model=checkpoint, load_format=LOAD_FORMAT, hf_overrides=overrides)
+                engine = _engine(model=checkpoint, load_format=LOAD_FORMAT, hf_overrides=overrides, **options)
             outputs = _generate(engine, prompts, case.num_alone)
             found.append([list(output.token_ids) for output in outputs])
             assert all(link.requests for link in router.stats()), "a shard was never asked"

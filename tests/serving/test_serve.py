@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from openai import APIStatusError, OpenAI
 
+from ep.bench.decode_latency import profile
+from ep.bench.decode_stream import Batch, decode
 from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from tests.serving.served import Served, run_ep, serve
@@ -25,7 +27,10 @@ MODEL = "deepseek-v3"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
-    arguments = ("--synthetic", "--address", "local", "--api-key", "secret", "--", "--max-model-len", "1024")
+    (folder / "profiles").mkdir()
+    profiler = {"profiler": "torch", "torch_profiler_dir": str(folder / "profiles"), "ignore_frontend": True}
+    flags = ("--max-model-len", "1024", "--profiler-config", json.dumps(profiler | {"max_iterations": 12}))
+    arguments = ("--synthetic", "--address", "local", "--api-key", "secret", "--", *flags)
     with serve(MODEL, *arguments, folder=folder, signal_at_end=signal.SIGINT) as served:
         yield served
 
@@ -88,6 +93,44 @@ def test_metrics_and_status(server: Served) -> None:
 def test_together_as_alone(server: Served) -> None:
     alone = [stream(server, f"Tell me of number {i}: ") for i in range(4)]
     assert streams(server)[:4] == alone
+
+
+def test_bench_serve_says_what_vllms_client_said(server: Served, tmp_path: Path) -> None:
+    """A sweep of prompts from a file; the client's own result lies beside its log."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    lines = [{"prompt": f"Tell me of number {i}", "output_tokens": 3 + i} for i in range(4)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    url, tokenizer = server.base_url.removesuffix("/v1"), cached_checkpoint(load_preset(MODEL))
+    to = ("--output", str(output), "--page", str(tmp_path))
+    load = ("--prompts", str(prompts), "--concurrency", "2", "--rounds", "1")
+    environment = {"EP_API_KEY": "secret", "XDG_STATE_HOME": str(tmp_path)}
+    done = run_ep(
+        "bench", "serve", MODEL, "--url", url, "--checkpoint", str(tokenizer), *load, *to, environment=environment
+    )
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed == json.loads(output.read_text()) and printed["options"]["concurrency"] == [2]
+    (raw,) = [json.loads(path.read_text()) for path in tmp_path.glob("ep/logs/bench-serve-*/client-ep-0-0.json")]
+    assert raw["completed"] == 4 and raw["total_output_tokens"] == 3 + 4 + 5 + 6
+    served = printed["points"][0]["servers"]["ep"]["served"]
+    for ours, theirs in (("output_tokens_per_s", "output_throughput"), ("requests_per_s", "request_throughput")):
+        assert served[ours] == raw[theirs] > 0
+    for latency in ("ttft", "tpot", "itl"):
+        assert served[f"{latency}_ms"] == {p: raw[f"{p}_{latency}_ms"] for p in ("p50", "p90", "p99")}
+    (page,) = tmp_path.glob("*-serve.md")
+    assert f"{served['output_tokens_per_s']:,.0f}" in page.read_text() and "secret" not in page.read_text()
+    assert run_ep("bench", "compare", str(output), str(output)).returncode == 0
+
+
+def test_a_decode_step_has_its_parts(server: Served, tmp_path_factory: pytest.TempPathFactory) -> None:
+    url, batch = server.base_url.removesuffix("/v1"), Batch(4, 64, 24, 0)
+    profiles = next(tmp_path_factory.getbasetemp().glob("serve*/profiles"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EP_API_KEY", "secret")
+        assert decode(batch, url, MODEL).step_ms > 0
+        found = profile(batch, url, MODEL, profiles)
+    assert found.num_steps >= 3 and all(value > 0 for value in found.parts_ms.values())
+    assert sum(found.parts_ms.values()) == pytest.approx(found.period_ms)
 
 
 def test_killed_shard_under_load(server: Served) -> None:

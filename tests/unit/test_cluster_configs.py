@@ -91,7 +91,7 @@ def test_the_slurm_script(tmp_path: Path) -> None:
         check_ray(words)
     (serve,) = (words for words in called if words[0] == "ep")
     options = check_ep(serve)
-    assert (options["shards"], options["nodes"], options["address"]) == (24, 3, f"127.0.0.1:{port}")
+    assert (options["shards"], options["nodes"], options["address"]) == (23, 3, f"127.0.0.1:{port}")
     assert options["checkpoint"] == "/some where/DeepSeek-V3"
 
 
@@ -107,7 +107,7 @@ def test_the_mi300x_example() -> None:
         check_ray(shlex.split(re.sub(r"\$\(.*?\)", "10.0.0.2", start[start.index("ray start") :])))
     commands = re.findall(r"^#   (ep .*)$", text, re.MULTILINE)
     assert len(commands) == 2
-    assert check_ep(shlex.split(commands[0]))["shards"] == 16
+    assert check_ep(shlex.split(commands[0]))["shards"] == 15
     assert check_ep(shlex.split(commands[1]))["nodes"] == (1, 2)
     assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
 

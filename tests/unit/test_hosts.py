@@ -88,6 +88,14 @@ def test_a_slow_link_is_slow_and_a_cut_one_is_silent(network: Network) -> None:
     assert unreachable([(far, PORT)], 3.0) == {}
 
 
+def test_who_answers_in_time_is_not_lost_to_one_who_asks_late() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()
+        assert unreachable([port], timeout_s=0.0) == {}
+    assert unreachable([port], timeout_s=1.0) == {port: "Connection refused"}
+    assert unreachable([], timeout_s=1.0) == {}
+
+
 def test_what_a_killed_maker_leaves_is_taken_down(allowed: None) -> None:
     code = (
         "import subprocess, sys, time\n"

@@ -75,6 +75,8 @@ LAYERS = (
             "ep.graph_router",
             "ep.group_router",
             "ep.shard",
+            "ep.ipc_jobs",
+            "ep.ipc_server",
             "ep.mover",
         ),
         frozenset({"torch", "numpy"}),

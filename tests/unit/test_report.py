@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ep import cli
 from ep.errors import TraceError
-from ep.load import ROUND_TRIP_BOUNDS_US
+from ep.load import ROUND_TRIP_BOUNDS_US, round_trip_histogram
 from ep.placement import EMPTY, Placement
 from ep.report import units
 from ep.report.compare import compare
@@ -28,6 +28,7 @@ from ep.report.html import render
 from ep.report.numbers import ReportNumbers, ReportOptions, plain, report_numbers
 from ep.report.pages import report_page
 from ep.report.served import link_bytes
+from ep.report.sheets import headline
 from ep.report.terminal import show
 from ep.trace import Trace, read_trace
 from ep.trace_header import TraceHeader, encode_header
@@ -167,6 +168,18 @@ def test_shards_and_links() -> None:
     assert links_found["bytes_in"] == [[row["bytes_in"] for row in document()["shards"]]]
     total = [row["bytes_out"] + row["bytes_in"] for row in document()["shards"]]
     assert links_found["between_nodes"] == pytest.approx(sum(total[2:]) / sum(total), rel=1e-5)
+
+
+def test_the_slowest_link_stands_on_top() -> None:
+    windows = list(small().windows)
+    for place, window in enumerate(windows):
+        slow = replace(window.links[2], round_trips=round_trip_histogram([20_000.0] * window.links[2].requests))
+        windows[place] = replace(window, links=(*window.links[:2], slow, *window.links[3:]))
+    trace = replace(small(), windows=tuple(windows))
+    (found,) = (line for line in headline(report_numbers(trace, ReportOptions())) if line[0] == "slowest link")
+    assert found[1] == f"shard 2 on {trace.header.node_of_shard[2]}"
+    p50 = int(re.search(r"p50 ([\d,]+) µs", found[2])[1].replace(",", ""))  # type: ignore[index]
+    assert p50 == pytest.approx(20_000, rel=0.1)
 
 
 def test_links_of_routers_on_two_nodes() -> None:

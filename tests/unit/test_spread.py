@@ -45,3 +45,11 @@ def test_the_first_hosts_are_taken_and_what_a_shard_takes_nothing_of_is_no_limit
     assert spread(hosts([3, 3, 3]), NEEDS, 4, 2) == ["10.0.0.0"] * 2 + ["10.0.0.1"] * 2
     assert spread(hosts([0, 1]), {"CPU": 0.0}, 3, 1) == ["10.0.0.0"] * 3
     assert spread(hosts([5]), NEEDS | {"TPU": 1.0}, 1, None) is None
+
+
+def test_what_routers_take_of_their_host_is_not_given_to_shards() -> None:
+    first, second = (Host(f"10.0.0.{i}", f"node{i}", {"CPU": 64.0, "GPU": 8.0}) for i in range(2))
+    needs = {"CPU": 1.0, "GPU": 1.0}
+    assert spread([first.without({"GPU": 1.0}), second], needs, 16, None) is None
+    placed = spread([first.without({"GPU": 1.0}), second], needs, 15, 2)
+    assert placed == ["10.0.0.0"] * 7 + ["10.0.0.1"] * 8

@@ -1,0 +1,305 @@
+"""The router's side of the data plane between GPUs of one node: it only launches kernels (kernels/p2p.py).
+
+    begin_step ─> (dispatch ─> combine, once per MoE layer) ─> check
+                              │
+                              └ may all be replayed from one captured graph
+
+Buffers are made once, for max_tokens; shards come and go by `replace`, placements by `set_placement`, both between
+steps and in place, so that captured graphs stay valid. A wait on the device ends by the shard's flag or by the abort
+word, which a watchdog thread sets when a shard is lost or late; `check` turns that into an error after the step.
+
+Shape legend: T tokens of a call (padding included), H hidden, K top-k, S shards, L MoE layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedError, ShardLostError, TransportError
+from ep.kernels import p2p
+from ep.kernels import p2p_layout as layout
+from ep.kernels.p2p_layout import MessageShape
+from ep.placement import Placement
+from ep.transport import mailbox
+from ep.transport.ipc_device import IpcDevice, TensorHandle
+from ep.transport.liveness import ProcessSentinel
+from ep.transport.mailbox import MailboxBlock
+
+log = logging.getLogger(__name__)
+WATCH_S = 0.05
+"""How often the watchdog looks."""
+
+IsLost = Callable[[int], str | None]
+"""Called with a shard that is awaited: why it will not answer, None if it may."""
+
+
+@dataclass(frozen=True)
+class RouterHandles:
+    """What a shard needs to serve a router. Pickles. box: where partials and flags go (MessageShape.return_bytes)."""
+
+    router_idx: int
+    message: MessageShape
+    num_shards: int
+    box: TensorHandle
+
+
+@dataclass(frozen=True)
+class ShardHandles:
+    """What a router needs to reach a shard. Pickles. inbox: where its messages go (MessageShape.inbox_bytes). pid: of
+    the shard's process."""
+
+    shard_idx: int
+    pid: int
+    inbox: TensorHandle
+
+
+class IpcTransport:
+    """For one thread. router_idx: this router's place in the block, its own as long as it lives.
+
+    local_shard: a shard whose slots the caller computes itself (`local_slots`) and hands to `combine`; nothing is sent
+    to it. deadline_s: how long a shard may take for one layer. is_lost: what else is known about shards than whether
+    their processes run. Raises OptionError for what the kernels do not support.
+    """
+
+    def __init__(
+        self,
+        device: IpcDevice,
+        block: MailboxBlock,
+        router_idx: int,
+        message: MessageShape,
+        placement: Placement,
+        local_shard: int | None = None,
+        deadline_s: float = 30.0,
+        is_lost: IsLost | None = None,
+    ) -> None:
+        num_shards, num_layers = placement.num_shards, placement.num_moe_layers
+        supported, reason = p2p.supports(message, num_shards, num_layers)
+        if not supported:
+            raise OptionError(f"ipc: {reason}")
+        if not 0 <= router_idx < block.num_routers or num_shards != block.num_shards:
+            raise OptionError(
+                f"ipc: router {router_idx} with {num_shards} shards, the mailboxes are of {block.num_routers} routers "
+                f"and {block.num_shards} shards"
+            )
+        self.message = message
+        self.router_idx = router_idx
+        self.num_shards = num_shards
+        self.deadline_s = deadline_s
+        self.local_shard = local_shard
+        self._device, self._block, self._is_lost = device, block, is_lost
+        self._host = block.routers[router_idx]
+        self._host[:] = 0
+        block.refusals[router_idx] = 0
+        block.headers[router_idx] = 0
+        base = device.map_host(block.address, block.num_bytes)
+        self._host_address = base + block.router_address(router_idx)
+        mailboxes = [base + block.header_address(router_idx, shard) for shard in range(num_shards)]
+        place = device.torch_device
+        self._mailboxes = torch.tensor(mailboxes, dtype=torch.int64, device=place)
+        self._inboxes = torch.zeros(num_shards, dtype=torch.int64, device=place)
+        self._box = torch.zeros(message.return_bytes(num_shards), dtype=torch.uint8, device=place)
+        self._words = torch.zeros(layout.NUM_WORDS, dtype=torch.int32, device=place)
+        self._load = torch.zeros(2, num_layers, placement.num_experts, dtype=torch.int64, device=place)
+        self._plan = p2p.Plan.allocate(
+            message.max_tokens, message.top_k, num_shards, place, -1 if local_shard is None else local_shard
+        )
+        size = (num_layers, placement.num_experts)
+        replicas = torch.full((*size, num_shards), -1, dtype=torch.int32, device=place)
+        num_replicas = torch.ones(size, dtype=torch.int32, device=place)
+        self._tables = p2p.Tables(replicas, num_replicas, placement.slots_per_shard)
+        self._opened: list[torch.Tensor | None] = [None] * num_shards
+        self._sentinels: dict[int, ProcessSentinel] = {}
+        self._lost: dict[int, TransportError] = {}
+        self._rows = 0
+        self.begin_step(message.max_tokens, 0)
+        self.set_placement(placement)
+        device.synchronize()
+        self._closing = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="ep-ipc-watchdog", daemon=True)
+        self._watchdog.start()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of this GPU's memory, whatever the steps bring. The shards' inboxes are theirs."""
+        tensors = (self._box, self._words, self._load, self._mailboxes, self._inboxes, self._tables.replicas,
+                   self._tables.num_replicas, self._plan.slots, self._plan.local_slots, self._plan.position,
+                   self._plan.counts)  # fmt: skip
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def handles(self) -> RouterHandles:
+        """For every shard, which answers with its ShardHandles."""
+        return RouterHandles(self.router_idx, self.message, self.num_shards, self._device.share(self._box))
+
+    def replace(self, shard_idx: int, handles: ShardHandles) -> None:
+        """Between steps: from now on this shard is found there. Raises RuntimeError if its memory cannot be mapped."""
+        assert handles.shard_idx == shard_idx and shard_idx != self.local_shard
+        inbox = self._device.open(handles.inbox)
+        self._inboxes[shard_idx] = inbox.data_ptr()
+        self._device.synchronize()
+        self._opened[shard_idx] = inbox
+        self._watch_process(shard_idx, handles.pid)
+
+    def set_placement(self, placement: Placement) -> None:
+        """Between steps. Raises PlacementError for one of other dimensions."""
+        tables = self._tables
+        shape = (placement.num_moe_layers, placement.num_experts, placement.num_shards)
+        if shape != tuple(tables.replicas.shape) or placement.slots_per_shard != tables.slots_per_shard:
+            raise PlacementError(
+                f"placement has (layers, experts, shards) {shape} and {placement.slots_per_shard} slots per shard, "
+                f"expected {tuple(tables.replicas.shape)} and {tables.slots_per_shard}"
+            )
+        lookup = placement.lookup()
+        slots = np.full(shape, -1, dtype=np.int32)
+        there = lookup.shard_idx * placement.slots_per_shard + lookup.slot_idx
+        slots[:, :, : there.shape[2]] = np.where(lookup.shard_idx >= 0, there, -1)
+        tables.replicas.copy_(torch.from_numpy(slots))
+        tables.num_replicas.copy_(torch.from_numpy(lookup.num_replicas.copy()))
+        self._block.generations[self.router_idx] = placement.generation
+
+    def begin_step(self, num_tokens: int, num_decode: int) -> None:
+        """The first num_tokens rows of the step's calls are tokens, the first num_decode of them decode."""
+        self._words[layout.NUM_TOKENS : layout.NUM_TOKENS + 1].fill_(num_tokens)
+        self._words[layout.NUM_DECODE : layout.NUM_DECODE + 1].fill_(num_decode)
+
+    def dispatch(
+        self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
+        first_token: int = 0,
+    ) -> None:  # fmt: skip
+        """Sends hidden [T, H] bf16 to the shards of logical experts topk_ids int32 [T, K], with topk_weights float32.
+
+        first_token: which of the step's tokens the first row is. Launches only. Raises ValueError for more than
+        max_tokens rows.
+        """
+        if len(hidden) > self.message.max_tokens:
+            raise ValueError(f"ipc: {len(hidden)} rows in a call, expected at most {self.message.max_tokens}")
+        self._rows = len(hidden)
+        launch, plan, words = self._device.launch, self._plan, self._words
+        launch(p2p.plan_dispatch, topk_ids, self._tables, plan, self._load, words, layer_pos, first_token)
+        launch(p2p.put_tokens, hidden, topk_weights, plan, self.message, self._inboxes, self._mailboxes, words,
+               layer_pos, self._tables.slots_per_shard)  # fmt: skip
+
+    @property
+    def local_slots(self) -> torch.Tensor:
+        """int32 [T, K] of the last dispatch: slots of local_shard, -1 for those of others and of padding."""
+        return self._plan.local_slots[: self._rows]
+
+    def combine(self, local_partial: torch.Tensor | None = None) -> torch.Tensor:
+        """The routed sum [T, H] bf16 of the last dispatch; rows of padding are zero. local_partial [T, H] float32: of
+        local_shard. Launches only; what a failed step brings is caught by `check`."""
+        out = torch.empty(self._rows, self.message.hidden, dtype=torch.bfloat16, device=self._device.torch_device)
+        self._device.launch(p2p.wait_partials, self._plan, self._flags, self._words, self._host_address)
+        self._device.launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
+        return out
+
+    def check(self) -> None:
+        """After a step, when the device is done with it: raises what kept it from being whole (ShardLostError,
+        ShardFailedError, DeadlineError). Until `reset` nothing is sent any more."""
+        if not self._host[layout.ABORT]:
+            return
+        for shard_idx, (_, code, value) in enumerate(self._block.refusals[self.router_idx].tolist()):
+            if code:
+                raise ShardFailedError(shard_idx, _refusal(code, value))
+        for error in self._lost.values():
+            raise error
+        late = self._host[layout.LATE : layout.LATE + self.num_shards].nonzero()[0]
+        raise DeadlineError(int(late[0]) if len(late) else 0, self.deadline_s)
+
+    def abort(self, shard_idx: int, reason: str) -> None:
+        """From any thread: ends the waits of the running step, whose `check` will raise ShardLostError."""
+        self._lost.setdefault(shard_idx, ShardLostError(shard_idx, reason))
+        self._host[layout.ABORT] = 1
+
+    def reset(self) -> None:
+        """After a failed step, when the device is done with it: the next step may begin."""
+        self._device.synchronize()
+        self._words[layout.FAILED : layout.FAILED + 1].zero_()
+        self._device.synchronize()
+        self._block.refusals[self.router_idx] = 0
+        self._lost.clear()
+        self._host[layout.LATE : layout.LATE + self.num_shards] = 0
+        self._host[layout.FAILED_SEQ] = 0
+        self._host[layout.ABORT] = 0
+
+    def take_counts(self) -> npt.NDArray[np.int64]:
+        """int64 [2, L, E]: pairs of each logical expert since the last time, prefill and decode; between steps."""
+        self._device.synchronize()
+        counts = self._load.cpu().numpy().copy()
+        self._load.zero_()
+        return counts
+
+    def close(self) -> None:
+        """No shard may answer any more."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._watchdog.join()
+        self._device.synchronize()
+        for sentinel in self._sentinels.values():
+            sentinel.close()
+        self._opened = [None] * self.num_shards
+        self._device.unmap_host(self._block.address)
+
+    @property
+    def _flags(self) -> torch.Tensor:
+        lines = self._box[: self.num_shards * layout.LINE].view(torch.int32)
+        return lines.view(self.num_shards, layout.LINE // 4)
+
+    @property
+    def _partials(self) -> torch.Tensor:
+        message = self.message
+        shards = self._box[message.partials_offset(self.num_shards) :].view(self.num_shards, message.partial_bytes)
+        rows = shards.view(message.partial_dtype)[:, : message.max_tokens * message.hidden]
+        return rows.unflatten(1, (message.max_tokens, message.hidden))
+
+    def _watch(self) -> None:
+        """Sets the abort word for a wait whose shard is lost or late."""
+        seq, since = None, 0.0
+        while not self._closing.wait(WATCH_S):
+            waiting = int(self._host[layout.WAITING_SEQ])
+            if waiting == self._host[layout.DONE_SEQ] or self._host[layout.ABORT]:
+                seq = None
+                continue
+            if waiting != seq:
+                seq, since = waiting, time.monotonic()
+            for shard_idx in range(self.num_shards):
+                reason = self._find_loss(shard_idx)
+                if reason is not None:
+                    log.warning("router %d: shard %d is lost: %s", self.router_idx, shard_idx, reason)
+                    self.abort(shard_idx, reason)
+            if time.monotonic() - since > self.deadline_s:
+                log.warning("router %d: no answer within %g s", self.router_idx, self.deadline_s)
+                self._host[layout.ABORT] = 1
+
+
+    def _find_loss(self, shard_idx: int) -> str | None:
+        """Why this shard will not answer any more, as far as can be told."""
+        sentinel = self._sentinels.get(shard_idx)
+        if sentinel is not None and sentinel.has_ended():
+            return f"its process {sentinel.pid} ended"
+        return None if self._is_lost is None else self._is_lost(shard_idx)
+
+    def _watch_process(self, shard_idx: int, pid: int) -> None:
+        """In place of the process that was watched before."""
+        before = self._sentinels.pop(shard_idx, None)
+        if pid != os.getpid():
+            self._sentinels[shard_idx] = ProcessSentinel(pid)
+        if before is not None:
+            before.close()
+
+
+def _refusal(code: int, value: int) -> str:
+    if code == mailbox.OUT_OF_GENERATION:
+        return f"it does not serve placement generation {value}"
+    if code == mailbox.OUT_OF_RANGE:
+        return f"a message is for MoE layer {value} or longer than agreed"
+    return "its serving thread failed; its log says why"

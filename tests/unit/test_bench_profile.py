@@ -1,0 +1,105 @@
+"""The parts of a decode step: from a torch profile whose times are known, and from one of a real router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ep.bench.profile import PARTS, split_steps
+from ep.placement import even_split
+from ep.profile_marks import EXPERTS
+from tests.unit.shards import NUM_LAYERS, make_spec, random_routing
+from tests.unit.test_router import make_rig
+
+US = st.integers(1, 1000)
+NAMES = ("attention", "gate", "dispatch", "wait", "product", "between")
+
+
+class Trace:
+    """Events one after the other, on one thread."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: list[dict[str, Any]] = []
+
+    def add(self, name: str, length: float, inside: str | None = None) -> None:
+        self.events.append({"ph": "X", "tid": 7, "name": name, "ts": self.now, "dur": length})
+        if inside is not None:
+            self.events.append({"ph": "X", "tid": 7, "name": inside, "ts": self.now + length, "dur": 0.0})
+        self.now += length
+
+
+def step(trace: Trace, us: dict[str, int], num_layers: int, num_requests: int) -> None:
+    """As a router's profile has it: a dense layer, then MoE layers whose gate is a product and two top-k."""
+    start, at = trace.now, len(trace.events)
+    trace.add("_C::weight_packed_linear", us["product"])
+    trace.add("vllm::unified_mla_kv_cache_update", us["attention"])
+    trace.add("vllm::unified_mla_attention_with_output", us["attention"])
+    for _ in range(num_layers):
+        trace.add("_C::weight_packed_linear", us["product"])
+        for name in ("_C::weight_packed_linear", "aten::topk", "aten::topk"):
+            trace.add(name, us["gate"])
+        trace.add("_C::weight_packed_linear", us["product"])
+        trace.add("ep::dispatch", us["dispatch"])
+        trace.add("ep::combine", 3 * us["wait"], f"{EXPERTS}{2 * us['wait'] * 1000}")
+    trace.add("aten::argmax", us["product"])
+    name = f"execute_context_0(0)_generation_{num_requests}({num_requests})"
+    trace.events.insert(at, {"ph": "X", "tid": 7, "name": name, "ts": start, "dur": trace.now - start})
+    trace.events.append({"ph": "X", "tid": 8, "name": "ep::dispatch", "ts": start, "dur": 5.0})  # another thread's
+    trace.now += us["between"]
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(NAMES, US)), st.integers(1, 3), st.integers(1, 99), st.integers(4, 9))
+def test_the_parts_are_those_of_a_known_trace(us: dict[str, int], layers: int, batch: int, num_steps: int) -> None:
+    trace = Trace()
+    step(trace, {name: 7 * us[name] for name in NAMES}, layers, batch + 1)  # of another batch: left out
+    for _ in range(num_steps):
+        step(trace, us, layers, batch)
+    found = split_steps(trace.events, batch)
+    assert found.num_steps == num_steps - 1 and list(found.parts_ms) == list(PARTS)
+    assert found.period_ms == pytest.approx(sum(found.parts_ms.values()))
+    expected = {
+        "attention": 2 * us["attention"],
+        "gate": 3 * us["gate"] * layers,
+        "dispatch": us["dispatch"] * layers,
+        "experts": 2 * us["wait"] * layers,
+        "combine": us["wait"] * layers,
+        "rest of the model": us["product"] * (2 + 2 * layers),
+        "between steps": us["between"],
+    }
+    assert found.parts_ms == pytest.approx({name: value / 1e3 for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("missing", ["attention", "gate", "dispatch", "experts"])
+def test_a_profile_that_lacks_a_part_is_no_zero(missing: str) -> None:
+    names = {"attention": "vllm::unified_", "gate": "aten::topk", "dispatch": "ep::dispatch", "experts": EXPERTS}
+    trace = Trace()
+    for _ in range(4):
+        step(trace, dict.fromkeys(NAMES, 5), 1, 2)
+    events = [event for event in trace.events if not event["name"].startswith(names[missing])]
+    with pytest.raises(ValueError, match=f"no {missing}"):
+        split_steps(events, 2)
+    with pytest.raises(ValueError, match="0 decode steps of 3 requests"):
+        split_steps(trace.events, 3)
+
+
+def test_a_router_marks_the_experts_in_a_profile_only(tmp_path: Any) -> None:
+    rig = make_rig("shm", even_split(NUM_LAYERS, make_spec().num_experts, 2), tmp_path)
+    hidden, ids, weights = random_routing(rig.spec, 4)
+    hidden = hidden.bfloat16()
+    try:
+        rig.router.moe(0, hidden, ids, weights)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(3):
+                with torch.profiler.record_function("layer"):
+                    rig.router.moe(0, hidden, ids, weights)
+    finally:
+        rig.close()
+    layers = [event.cpu_time_total for event in profile.events() if event.name == "layer"]
+    marks = [event.name for event in profile.events() if event.name.startswith(EXPERTS)]
+    assert len(marks) == 3
+    assert all(0 < int(mark.removeprefix(EXPERTS)) <= 1e3 * layer for mark, layer in zip(marks, layers, strict=True))

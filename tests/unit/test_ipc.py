@@ -1,0 +1,381 @@
+"""The host side of the ipc data plane on a simulated GPU: who serves what when, and how a wait ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedError, ShardLostError, TransportError
+from ep.ipc_jobs import Waiting, bucket, join
+from ep.ipc_server import IpcLimits, IpcServer
+from ep.kernels import p2p_layout as layout
+from ep.kernels.p2p_layout import Header
+from ep.placement import Placement, even_split
+from ep.transport.ipc import IpcTransport
+from ep.transport.mailbox import MailboxBlock
+from tests.unit.simulated import SimulatedDevice, SimulatedExperts, factors, message_shape
+
+LAYERS, EXPERTS = 3, 8
+PLACEMENT = even_split(LAYERS, EXPERTS, 2)
+LIMITS = IpcLimits(job_tokens=16, graph_tokens=8)
+_names = count()
+
+
+@pytest.fixture
+def block() -> Iterator[MailboxBlock]:
+    block = MailboxBlock.open(f"test-{time.time_ns()}-{next(_names)}", 3, 2)
+    yield block
+    block.close()
+
+
+class Rig:
+    """Shards and routers of one block, connected pairwise."""
+
+    def __init__(self, block: MailboxBlock, num_routers: int = 1, deadline_s: float = 30.0) -> None:
+        self.block = block
+        self.served = {0}
+        self.shard_devices = [SimulatedDevice() for _ in range(2)]
+        self.servers = [self.make_server(shard_idx) for shard_idx in range(2)]
+        self.devices = [SimulatedDevice() for _ in range(num_routers)]
+        self.routers = [
+            IpcTransport(device, block, router_idx, message_shape(), PLACEMENT, deadline_s=deadline_s)
+            for router_idx, device in enumerate(self.devices)
+        ]
+        for router in self.routers:
+            for shard_idx, server in enumerate(self.servers):
+                router.replace(shard_idx, server.attach(router.handles))
+
+    def make_server(self, shard_idx: int) -> IpcServer:
+        device = self.shard_devices[shard_idx]
+        experts = SimulatedExperts(device, PLACEMENT, shard_idx)
+        server = IpcServer(
+            device, self.block, shard_idx, message_shape(), LAYERS, experts, lambda: self.served, LIMITS
+        )
+        server.capture()
+        return server
+
+    def serve(self) -> None:
+        """Everything that can go on goes on, until nothing does."""
+        for _ in range(1000):
+            for device in self.devices:
+                device.run()
+            found = [server.poll() for server in self.servers]
+            if not any(found):
+                return
+            for device in self.shard_devices:
+                device.run()
+        raise AssertionError("it never ends")
+
+    def close(self) -> None:
+        for router in self.routers:
+            router.close()
+
+
+@pytest.fixture
+def rig(block: MailboxBlock) -> Iterator[Rig]:
+    rig = Rig(block, num_routers=2)
+    yield rig
+    rig.close()
+
+
+@dataclass
+class Tokens:
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def random(cls, num_tokens: int, seed: int = 0, experts: int = EXPERTS) -> Tokens:
+        generator = torch.Generator().manual_seed(seed)
+        return cls(
+            torch.randn(num_tokens, 128, generator=generator).bfloat16(),
+            torch.rand(num_tokens, experts, generator=generator).topk(2).indices.int(),
+            torch.rand(num_tokens, 2, generator=generator),
+        )
+
+    def expected(self, layer_pos: int) -> torch.Tensor:
+        scale = factors(LAYERS, EXPERTS)[layer_pos][self.ids.long()] * self.weights
+        return self.hidden.float() * scale.sum(1, keepdim=True)
+
+    def send(self, router: IpcTransport, layer_pos: int) -> torch.Tensor:
+        router.dispatch(layer_pos, self.hidden, self.ids, self.weights)
+        return router.combine()
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_layers_of_two_routers_from_graphs(rig: Rig) -> None:
+    tokens = [Tokens.random(5, 1), Tokens.random(11, 2)]
+    outs: list[list[torch.Tensor]] = [[], []]
+    graphs = []
+    for router, device, some, out in zip(rig.routers, rig.devices, tokens, outs, strict=True):
+        graphs.append(device.capture(lambda: out.extend(some.send(router, layer) for layer in range(LAYERS))))  # noqa: B023
+    for _ in range(3):
+        for graph in graphs:
+            graph()
+        rig.serve()
+        for router, device, some, out in zip(rig.routers, rig.devices, tokens, outs, strict=True):
+            assert device.is_idle
+            router.check()
+            for layer, got in enumerate(out):
+                assert_close(got, some.expected(layer))
+                got.zero_()
+    for server in rig.servers:
+        assert server.stats.messages == 2 * 3 * LAYERS
+        assert server.stats.joined > 0  # both routers ask for the same layers at the same time
+        assert server.stats.jobs < server.stats.messages
+
+
+def test_padding_is_neither_sent_nor_counted(rig: Rig) -> None:
+    router, tokens = rig.routers[0], Tokens.random(8)
+    router.begin_step(3, 2)
+    got = tokens.send(router, 1)
+    rig.serve()
+    assert_close(got[:3], tokens.expected(1)[:3])
+    assert not got[3:].any()
+    counts = router.take_counts()
+    for phase, rows in ((1, slice(0, 2)), (0, slice(2, 3))):
+        wanted = np.bincount(tokens.ids[rows].numpy().ravel(), minlength=EXPERTS)
+        assert np.array_equal(counts[phase, 1], wanted)
+    assert counts.sum() == 3 * 2
+    assert not router.take_counts().any()
+
+
+def test_a_shard_without_tokens_is_not_asked(rig: Rig) -> None:
+    tokens = Tokens.random(4, experts=EXPERTS // 2)  # all of them lie on shard 0
+    got = tokens.send(rig.routers[0], 0)
+    rig.serve()
+    assert_close(got, tokens.expected(0))
+    assert [server.stats.messages for server in rig.servers] == [1, 0]
+
+
+def test_slots_of_this_process_are_the_callers(block: MailboxBlock) -> None:
+    rig = Rig(block)
+    device = SimulatedDevice()
+    router = IpcTransport(device, block, 1, message_shape(), PLACEMENT, local_shard=1)
+    router.replace(0, rig.servers[0].attach(router.handles))
+    tokens = Tokens.random(6)
+    router.dispatch(2, tokens.hidden, tokens.ids, tokens.weights)
+    device.run()
+    slots = router.local_slots
+    assert torch.equal(slots, torch.where(tokens.ids >= 4, tokens.ids - 4, -1))
+    local = factors(LAYERS, EXPERTS)[2][(slots.clamp(min=0) + 4).long()] * tokens.weights
+    partial = tokens.hidden.float() * torch.where(slots >= 0, local, 0).sum(1, keepdim=True)
+    got = router.combine(partial)
+    rig.devices.append(device)
+    rig.serve()
+    assert_close(got, tokens.expected(2))
+    assert rig.servers[1].stats.messages == 0
+    router.close()
+    rig.close()
+
+
+def test_messages_longer_than_a_job(block: MailboxBlock) -> None:
+    rig = Rig(block, num_routers=3)
+    tokens = [Tokens.random(16, seed) for seed in range(3)]
+    outs = [some.send(router, 1) for some, router in zip(tokens, rig.routers, strict=True)]
+    rig.serve()
+    for some, got in zip(tokens, outs, strict=True):
+        assert_close(got, some.expected(1))
+    rig.close()
+
+
+def test_a_refused_generation_is_an_error_of_the_step_and_the_next_one_works(rig: Rig) -> None:
+    router, tokens = rig.routers[0], Tokens.random(6)
+    router.set_placement(Placement(7, EXPERTS, PLACEMENT.slots))
+    tokens.send(router, 0)
+    tokens.send(router, 1)
+    rig.serve()
+    assert rig.devices[0].is_idle
+    with pytest.raises(ShardFailedError, match="shard 0: it does not serve placement generation 7"):
+        router.check()
+    rig.served.add(7)
+    router.reset()
+    got = tokens.send(router, 1)
+    rig.serve()
+    router.check()
+    assert_close(got, tokens.expected(1))
+    assert [server.stats.refused for server in rig.servers] == [1, 1]
+
+
+def test_a_message_of_no_such_layer_is_refused(rig: Rig) -> None:
+    header = layout.pack_header(1, LAYERS, 2)
+    rig.block.headers[1, 0] = header
+    rig.servers[0].poll()
+    with pytest.raises(ShardFailedError, match=f"MoE layer {LAYERS} or longer"):
+        rig.routers[1].check()
+
+
+def test_a_lost_shard_ends_the_wait_and_its_successor_serves(block: MailboxBlock) -> None:
+    rig = Rig(block)
+    router, tokens = rig.routers[0], Tokens.random(9)
+    outs = [tokens.send(router, layer) for layer in range(LAYERS)]
+    rig.devices[0].run()
+    rig.servers[0].poll()
+    rig.shard_devices[0].run()
+    rig.devices[0].run()
+    assert not rig.devices[0].is_idle  # shard 1 is silent
+    router.abort(1, "its process 1 ended")
+    rig.devices[0].run()
+    assert rig.devices[0].is_idle
+    for _ in range(2):
+        with pytest.raises(ShardLostError, match="shard 1: its process 1 ended"):
+            router.check()
+    successor = rig.servers[1] = rig.make_server(1)
+    router.replace(1, successor.attach(router.handles))
+    router.reset()
+    outs = [tokens.send(router, layer) for layer in range(LAYERS)]
+    rig.serve()
+    router.check()
+    for layer, got in enumerate(outs):
+        assert_close(got, tokens.expected(layer))
+    assert successor.stats.messages == LAYERS  # what the lost one left unanswered is not served again
+    rig.close()
+
+
+def test_the_watchdog_ends_waits_for_silent_and_for_lost_shards(block: MailboxBlock) -> None:
+    rig = Rig(block, deadline_s=0.3)
+    router, tokens = rig.routers[0], Tokens.random(4, experts=EXPERTS // 2)
+    reasons: dict[int, str] = {}
+    router._is_lost = reasons.get
+    for error, text in ((DeadlineError, "shard 0: no answer within 0.3 s"), (ShardLostError, "shard 0: gone")):
+        start = time.monotonic()
+        tokens.send(router, 0)
+        rig.devices[0].synchronize()
+        assert time.monotonic() - start < 1.0
+        with pytest.raises(error, match=text):
+            router.check()
+        router.reset()
+        reasons[0] = "gone"
+    rig.close()
+
+
+def test_routers_come_and_go_while_others_are_served(rig: Rig) -> None:
+    rig.servers[0].start()
+    rig.servers[1].start()
+    stop, failures = threading.Event(), []
+
+    def advance() -> None:
+        while not stop.is_set():
+            if not [device for device in rig.shard_devices if device.step()]:
+                time.sleep(0)
+
+    def ask(router: IpcTransport, device: SimulatedDevice, seed: int) -> None:
+        try:
+            for turn in range(20):
+                tokens = Tokens.random(1 + (turn + seed) % 12, turn)
+                got = tokens.send(router, turn % LAYERS)
+                device.synchronize()
+                router.check()
+                assert_close(got, tokens.expected(turn % LAYERS))
+        except BaseException as error:
+            failures.append(error)
+
+    gpu = threading.Thread(target=advance)
+    gpu.start()
+    pairs = enumerate(zip(rig.routers, rig.devices, strict=True))
+    askers = [threading.Thread(target=ask, args=(*pair, seed)) for seed, pair in pairs]
+    for asker in askers:
+        asker.start()
+    for _ in range(5):
+        guest = IpcTransport(SimulatedDevice(), rig.block, 2, message_shape(), PLACEMENT)
+        for shard_idx, server in enumerate(rig.servers):
+            guest.replace(shard_idx, server.attach(guest.handles))
+        ask(guest, guest._device, 5)  # type: ignore[arg-type]
+        for server in rig.servers:
+            server.detach(2)
+        guest.close()
+    for asker in askers:
+        asker.join()
+    for server in rig.servers:
+        server.stop()
+    stop.set()
+    gpu.join()
+    assert not failures, failures
+    assert [server.error for server in rig.servers] == [None, None]
+
+
+def test_a_serving_thread_that_fails_tells_its_routers(block: MailboxBlock) -> None:
+    rig = Rig(block)
+    router, server = rig.routers[0], rig.servers[0]
+
+    def broken() -> set[int]:
+        raise RuntimeError("no memory")
+
+    server._generations = broken
+    server.start()
+    Tokens.random(4).send(router, 0)
+    rig.devices[0].synchronize()
+    with pytest.raises(ShardFailedError, match="its serving thread failed"):
+        router.check()
+    server.stop()
+    assert isinstance(server.error, RuntimeError)
+    rig.close()
+
+
+def test_what_does_not_fit_is_refused_at_once(rig: Rig, block: MailboxBlock) -> None:
+    device, router = SimulatedDevice(), rig.routers[0]
+    with pytest.raises(OptionError, match="router 3 with 2 shards, the mailboxes are of 3 routers"):
+        IpcTransport(device, block, 3, message_shape(), PLACEMENT)
+    with pytest.raises(OptionError, match="65 choices per token"):
+        IpcTransport(device, block, 2, message_shape(top_k=65), PLACEMENT)
+    with pytest.raises(PlacementError, match=r"\(3, 8, 4\)"):
+        router.set_placement(even_split(LAYERS, EXPERTS, 4))
+    with pytest.raises(ValueError, match="17 rows in a call, expected at most 16"):
+        Tokens.random(17).send(router, 0)
+    other = IpcTransport(device, block, 2, message_shape(max_tokens=8), PLACEMENT)
+    with pytest.raises(TransportError, match="router 2 sends"):
+        rig.servers[0].attach(other.handles)
+    other.close()
+
+
+def test_bytes_are_those_of_the_buffers(rig: Rig) -> None:
+    message = message_shape()
+    assert rig.routers[0].buffer_bytes > message.return_bytes(2) >= 2 * 16 * 128 * 4
+    before = rig.servers[0].buffer_bytes
+    rig.servers[0].detach(1)
+    assert before - rig.servers[0].buffer_bytes == message.inbox_bytes >= 16 * 128 * 2
+
+
+@given(num_rows=st.integers(1, 5000))
+def test_buckets_are_the_smallest_that_fit(num_rows: int) -> None:
+    sizes = [1, 2, 4, *range(8, 5008, 8)]
+    assert bucket(num_rows) == min(size for size in sizes if size >= num_rows)
+
+
+@given(
+    messages=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30)), min_size=1, max_size=12),
+    job_tokens=st.integers(1, 64),
+)
+def test_jobs_take_every_row_once_and_in_order(messages: list[tuple[int, int]], job_tokens: int) -> None:
+    waiting = [Waiting(router, Header(5, layer, rows)) for router, (layer, rows) in enumerate(messages)]
+    seen: dict[int, int] = {}
+    ended: list[int] = []
+    while waiting:
+        job = join(waiting, job_tokens)
+        assert job.layer_pos == waiting[0].header.layer_pos and job.parts[0].router_idx == waiting[0].router_idx
+        assert 0 < job.num_rows == sum(part.num_rows for part in job.parts) <= job_tokens
+        assert len(job.parts) <= layout.MAX_JOINED
+        for part in job.parts:
+            assert messages[part.router_idx][0] == job.layer_pos
+            assert part.first == seen.get(part.router_idx, 0) and part.router_idx not in ended
+            seen[part.router_idx] = part.first + part.num_rows
+            if part.is_last:
+                ended.append(part.router_idx)
+        room = job_tokens - job.num_rows
+        same = [one for one in job.left if one.header.layer_pos == job.layer_pos]
+        assert not same or not room or len(job.parts) == layout.MAX_JOINED
+        waiting = list(job.left)
+    assert seen == {router: rows for router, (_, rows) in enumerate(messages)}
+    assert sorted(ended) == list(range(len(messages)))
