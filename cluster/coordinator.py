@@ -292,6 +292,7 @@ class Coordinator:
         needs = {"CPU": self._setup.num_cpus, "GPU": self._setup.num_gpus}
         for host in live_hosts():
             if host.room(needs) and not self._hosts.lost(host.address):
+                self._hosts.watch(host.address)
                 return host.address, NodeAffinitySchedulingStrategy(host.node_id, soft=False)
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
         raise NoRoomError(f"host {home} is lost ({why}), and no other host has {wanted or 'room'} free")

@@ -90,6 +90,10 @@ class HostWatch:
         self._hosts = {address: _Watched(time.time()) for address in addresses}
         self._on_lost = on_lost
 
+    def watch(self, address: str) -> None:
+        """This host from now on too."""
+        self._hosts.setdefault(address, _Watched(time.time()))
+
     def start(self) -> None:
         if self._hosts:
             threading.Thread(target=self._run, daemon=True, name="hosts").start()
@@ -109,7 +113,7 @@ class HostWatch:
                 "silent_s": round(time.time() - host.since, 1) if host.lost else 0.0,
                 "lost_after_s": round(host.lost_at - host.since, 1) if host.lost else 0.0,
             }
-            for address, host in self._hosts.items()
+            for address, host in dict(self._hosts).items()
         ]
 
     def _run(self) -> None:
@@ -117,12 +121,15 @@ class HostWatch:
             time.sleep(PERIOD_S)
             try:
                 ports = {n["NodeManagerAddress"]: n["NodeManagerPort"] for n in ray.nodes() if n["Alive"]}
-                self._look(ports, unreachable([(a, ports[a]) for a in self._hosts if a in ports], TIMEOUT_S))
+                hosts = dict(self._hosts)
+                self._look(hosts, ports, unreachable([(a, ports[a]) for a in hosts if a in ports], TIMEOUT_S))
             except (RayError, OSError) as error:  # the head's own trouble, or no descriptor left: look again
                 log.warning("hosts cannot be watched: %s", error)
 
-    def _look(self, ports: Mapping[str, int], silent: Mapping[tuple[str, int], str]) -> None:
-        for address, host in self._hosts.items():
+    def _look(
+        self, hosts: Mapping[str, _Watched], ports: Mapping[str, int], silent: Mapping[tuple[str, int], str]
+    ) -> None:
+        for address, host in hosts.items():
             port = ports.get(address)
             why = "Ray counts it as dead" if port is None else silent.get((address, port), "")
             if not why:

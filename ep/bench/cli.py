@@ -74,7 +74,7 @@ def bench_serve(verbose: bool, **options: Any) -> None:
 @click.option("--input-len", type=Listing(int), default="512,1024,2048", show_default=True, help="Tokens of a prompt.")
 @click.option("--output-len", type=click.IntRange(2), help="Steps that are timed. [default: 200; on CPUs 64]")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--parts/--no-parts", default=True, show_default=True, help="Profile the router for a step's parts.")
+@click.option("--parts/--no-parts", default=None, help="Profile the router for a step's parts. [default: on CPUs]")
 @_SEED
 @click.option("--shards", type=click.IntRange(1), help="Shards of our server.")
 @_results

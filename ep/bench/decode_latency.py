@@ -42,7 +42,8 @@ _BLOCK_TOKENS = 128
 @dataclass(frozen=True)
 class DecodeLatencyOptions:
     """Options of `ep bench decode-latency`. batch_size: requests that decode together. output_len: steps that are
-    timed, from when all of them decode. None: as published on GPUs, less on CPUs. parts: also profile the router."""
+    timed, from when all of them decode. None: as published on GPUs, less on CPUs. parts: also profile the router; None:
+    where its ops are done when they return, on CPUs."""
 
     model: str = "deepseek-v3"
     checkpoint: str | None = None
@@ -51,7 +52,7 @@ class DecodeLatencyOptions:
     input_len: tuple[int, ...] = INPUT_LENS
     output_len: int | None = None
     rounds: int = 5
-    parts: bool = True
+    parts: bool | None = None
     seed: int = 0
     ready_s: float = 600.0
     output: str | None = None
@@ -100,6 +101,9 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
     output_len = options.output_len or (PUBLISHED_OUTPUT_LEN if on_gpu else CPU_OUTPUT_LEN)
     if options.output is not None and not Path(options.output).resolve().parent.is_dir():
         raise OptionError(f"--output {options.output}: no such directory")
+    if options.parts and on_gpu:
+        raise OptionError("--parts: a GPU's ops are not done when they return, expected --no-parts here")
+    with_parts = not on_gpu if options.parts is None else options.parts
     at = conditions()
     logs = state_dir() / "logs" / f"bench-decode-latency-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     profiles = logs / "profiles"
@@ -107,7 +111,7 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
     terminal.say(f"logs: {logs}")
     batches = [Batch(num_requests, input_len, output_len, options.seed) for input_len in options.input_len]
     checkpoint = resolve_target(options.model, options.checkpoint, options.checkpoint is None, terminal).checkpoint
-    flags = _vllm_flags(batches, checkpoint, profiles if options.parts else None, on_gpu)
+    flags = _vllm_flags(batches, checkpoint, profiles if with_parts else None, on_gpu)
     with ExitStack() as stack:
         wanted = Wanted(
             options.model,
@@ -120,7 +124,7 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
         )
         targets = start_targets(wanted, terminal, logs, stack)
         rounds = _measure(batches, options.rounds, targets, terminal)
-        profiled = _profile_all(batches, targets[0], profiles, terminal) if options.parts else [None] * len(batches)
+        profiled = _profile_all(batches, targets[0], profiles, terminal) if with_parts else [None] * len(batches)
     return DecodeLatency(
         at,
         options,

@@ -10,11 +10,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from openai import APIStatusError, OpenAI
 
@@ -26,17 +26,22 @@ from tests.serving.served import Served, run_ep, serve
 
 MODEL = "deepseek-v3"
 NUM_PROMPTS, NUM_TOKENS = 32, 32
-MIN_EQUAL = 28
-"""Of the prompts' texts, with tensor-parallel attention: its sums run in another order, and the first tie that rounding
-turns around changes what follows."""
 KV_CACHE = ("--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28))
+
+
+@dataclass(frozen=True)
+class Said:
+    """logprobs: of each token."""
+
+    tokens: list[str]
+    logprobs: list[float]
 
 
 @dataclass
 class Seen:
-    """What was found in the order in which it happened. texts: by what was going on while they were made."""
+    """What was found. said: of all prompts, by what was going on meanwhile."""
 
-    texts: dict[str, list[str]] = field(default_factory=dict)
+    said: dict[str, list[Said]] = field(default_factory=dict)
     status: dict[str, dict[str, Any]] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
     live: dict[str, Any] = field(default_factory=dict)
@@ -48,35 +53,41 @@ class Seen:
         """Dispatches of each router since its start."""
         return [sum(link["requests"] for link in router["links"]) for router in self.status[when]["routers"]]
 
+    def tokens(self, when: str) -> list[list[str]]:
+        return [said.tokens for said in self.said[when]]
+
 
 def talk(server: Served) -> OpenAI:
     return OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=120)
 
 
-def texts(server: Served, model: str = MODEL, router: int | None = None) -> list[str]:
-    """Of all prompts, all at once; router: the engine that is to serve them, else vLLM spreads them."""
+def ask(server: Served, model: str = MODEL, router: int | None = None) -> list[Said]:
+    """All prompts, all at once; router: the engine that is to serve them, else vLLM spreads them."""
     headers = {} if router is None else {"X-data-parallel-rank": str(router)}
     client = talk(server)
 
-    def text(number: int) -> str:
+    def one(number: int) -> Said:
         done = client.completions.create(
             model=model,
             prompt=f"Tell me of number {number}: ",
             max_tokens=NUM_TOKENS,
             temperature=0,
+            logprobs=1,
             extra_body={"ignore_eos": True},
             extra_headers=headers,
         )
-        return done.choices[0].text
+        found = done.choices[0].logprobs
+        assert found is not None and found.tokens is not None and found.token_logprobs is not None
+        return Said(found.tokens, [float(value or 0) for value in found.token_logprobs])
 
     with ThreadPoolExecutor(NUM_PROMPTS) as pool:
-        return list(pool.map(text, range(NUM_PROMPTS)))
+        return list(pool.map(one, range(NUM_PROMPTS)))
 
 
-def kill_shard_under(server: Served, shard_idx: int) -> list[str]:
+def kill_shard_under(server: Served, shard_idx: int) -> list[Said]:
     victim = server.status()["shards"][shard_idx]["pid"]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(texts, server)
+        running = pool.submit(ask, server)
         time.sleep(0.5)
         os.kill(victim, signal.SIGKILL)
         return running.result()
@@ -90,15 +101,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     flags += ("--trace", str(path), "--trace-window", "1")
     with serve(MODEL, *flags, "--", *KV_CACHE, folder=folder, exit_code=1) as server:
         seen.status["start"] = server.status()
-        seen.texts["alone"] = texts(server, router=0)
+        seen.said["alone"] = ask(server, router=0)
         seen.status["alone"] = server.status()
-        seen.texts["both"] = texts(server)
+        seen.said["both"] = ask(server)
         seen.status["both"] = server.status()
-        seen.texts["killed"] = kill_shard_under(server, 1)
+        seen.said["killed"] = kill_shard_under(server, 1)
         seen.status["killed"] = server.status()
         rebalance = ("rebalance", "--now", "--json", "--address", server.ray_address)
         seen.outcome = json.loads(run_ep(*rebalance, environment=server.environment).stdout)
-        seen.texts["moved"] = texts(server)
+        seen.said["moved"] = ask(server)
         seen.status["moved"] = server.status()
         live = ("report", "--live", "--json", "--address", server.ray_address)
         seen.live = json.loads(run_ep(*live, environment=server.environment).stdout)
@@ -108,8 +119,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 def test_both_serve_and_say_what_one_says(two: Seen) -> None:
-    assert len(set(two.texts["alone"])) == NUM_PROMPTS
-    assert two.texts["both"] == two.texts["alone"]
+    assert len(set(map(tuple, two.tokens("alone")))) == NUM_PROMPTS
+    assert two.tokens("both") == two.tokens("alone")
     before, after = two.requests("alone"), two.requests("both")
     assert all(later > earlier for later, earlier in zip(after, before))
     assert all(shard["coalesced"] > 0 for shard in two.status["both"]["shards"])
@@ -121,7 +132,7 @@ def test_a_router_without_work_sends_nothing(two: Seen) -> None:
 
 
 def test_both_live_through_the_loss_of_a_shard(two: Seen) -> None:
-    assert two.texts["killed"] == two.texts["alone"]
+    assert two.tokens("killed") == two.tokens("alone")
     for router in two.status["killed"]["routers"]:
         (gap,) = router["recoveries"]
         assert gap["shard_idx"] == 1
@@ -132,7 +143,7 @@ def test_both_go_over_to_another_placement(two: Seen) -> None:
     assert two.outcome["outcome"] == "moved", two.outcome
     generation = two.outcome["generation"]
     assert {shard["generation"] for shard in two.status["moved"]["shards"]} == {generation}
-    assert two.texts["moved"] == two.texts["alone"]
+    assert two.tokens("moved") == two.tokens("alone")
     before, after = two.requests("killed"), two.requests("moved")
     assert all(later > earlier for later, earlier in zip(after, before))
     assert two.trace is not None
@@ -140,7 +151,7 @@ def test_both_go_over_to_another_placement(two: Seen) -> None:
 
 
 def test_the_trace_has_the_sum_of_both(two: Seen) -> None:
-    decoded = len(two.texts) * NUM_PROMPTS * (NUM_TOKENS - 1)
+    decoded = len(two.said) * NUM_PROMPTS * (NUM_TOKENS - 1)
     assert two.trace is not None
     assert sum(window.num_decode_tokens for window in two.trace.windows) == decoded
     assert [phase["tokens"] for phase in two.live["phases"] if phase["phase"] == "decode"] == [decoded]
@@ -162,7 +173,7 @@ def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     flags = ("--address", "local", "--shards", "1", "--deadline", "10", "--trace", str(path))
     with serve(str(checkpoint), *flags, "--", *KV_CACHE, "--tensor-parallel-size", "2", folder=folder) as server:
         model = str(checkpoint)
-        seen.texts["whole"] = texts(server, model)
+        seen.said["whole"] = ask(server, model)
         seen.status["whole"] = server.status()
         hidden = checkpoint.with_name("hidden")
         checkpoint.rename(hidden)
@@ -175,17 +186,23 @@ def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         while server.status()["shards"][0]["state"] != "up":
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        seen.texts["mended"] = texts(server, model)
+        seen.said["mended"] = ask(server, model)
     seen.trace = read_all_parts(path)
     return seen
 
 
-def num_equal(found: Sequence[str], wanted: Sequence[str]) -> int:
-    return sum(one == other for one, other in zip(found, wanted, strict=True))
-
-
 def test_two_ranks_say_what_one_router_says(two: Seen, tensor_parallel: Seen) -> None:
-    assert num_equal(tensor_parallel.texts["whole"], two.texts["alone"]) >= MIN_EQUAL
+    """As far as vLLM's own tensor parallelism lets it: its sums are rounded to bf16 in another order, which now and
+    then turns a gate's choice around, after which the texts part."""
+    found, wanted = tensor_parallel.said["whole"], two.said["alone"]
+    assert sum(one.tokens[0] == other.tokens[0] for one, other in zip(found, wanted)) > 0.8 * NUM_PROMPTS
+    differences = []
+    for one, other in zip(found, wanted, strict=True):
+        for place in range(NUM_TOKENS):
+            if one.tokens[: place + 1] == other.tokens[: place + 1]:
+                differences.append(abs(one.logprobs[place] - other.logprobs[place]))
+    assert len(differences) > 0.4 * NUM_PROMPTS * NUM_TOKENS
+    assert np.quantile(differences, 0.8) < 0.05
 
 
 def test_each_rank_dispatches_its_share(tensor_parallel: Seen) -> None:
@@ -193,11 +210,10 @@ def test_each_rank_dispatches_its_share(tensor_parallel: Seen) -> None:
     assert len(sent) == 2 and 0.7 < sent[1] / sent[0] <= 1
     assert tensor_parallel.trace is not None
     decoded = sum(window.num_decode_tokens for window in tensor_parallel.trace.windows)
-    whole = len(tensor_parallel.texts) * NUM_PROMPTS * (NUM_TOKENS - 1)
-    assert whole <= decoded < whole + 4  # of the request that fails, a step may have been computed
+    assert decoded == len(tensor_parallel.said) * NUM_PROMPTS * (NUM_TOKENS - 1)
 
 
 def test_a_step_that_one_rank_cannot_compute_fails_alone(tensor_parallel: Seen) -> None:
     """With one token in the step only rank 0 asks a shard; rank 1 must not be left behind."""
     assert "shard 0" in tensor_parallel.failed
-    assert num_equal(tensor_parallel.texts["mended"], tensor_parallel.texts["whole"]) == NUM_PROMPTS
+    assert tensor_parallel.tokens("mended") == tensor_parallel.tokens("whole")
