@@ -156,8 +156,9 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
-    check_memory(target.spec, placement, options, sessions.cluster_memory())
     on_gpu = serves_on_gpu()
+    if not on_gpu:
+        check_memory(target.spec, placement, options, sessions.cluster_memory())
     ranks = tensor_parallel_size(options.vllm_flags)
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
