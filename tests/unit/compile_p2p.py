@@ -6,7 +6,6 @@ program of its own, because it cannot share a process with Triton's interpreter.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -58,16 +56,25 @@ class Recorder:
 
 
 def _read(compiled: Any) -> dict[str, Any]:
+    """publishes: places at which all that was written before becomes visible to the whole system."""
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
         spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
-        stores = re.findall(r"(?:global|flat)_store_(\w+)", assembly)
-        loads = re.findall(r"(?:global|flat)_load_(\w+)", assembly)
         assert spills is not None
-        return {"spills": int(spills[1]), "lds": compiled.metadata.shared, "stores": stores, "loads": loads}
-    assembly = compiled.asm["ptx"]
-    stores = re.findall(r"st\.global\.(\S+)", assembly)
-    return {"lds": compiled.metadata.shared, "stores": stores, "loads": re.findall(r"ld\.\S*global\.(\S+)", assembly)}
+        found: dict[str, Any] = {"spills": int(spills[1])}
+        stores, loads = (rf"(?:global|flat|buffer)_{kind}_(\w+)" for kind in ("store", "load"))
+        publishes = r"buffer_wbl2 sc0 sc1"
+    else:
+        assembly, found = compiled.asm["ptx"], {}
+        stores, loads = r"st\.global\.(\S+)", r"ld\.\S*global\.(\S+)"
+        publishes = r"atom\.global\.sys\.(?:release|acq_rel)"
+    return {
+        **found,
+        "lds": compiled.metadata.shared,
+        "stores": re.findall(stores, assembly),
+        "loads": re.findall(loads, assembly),
+        "publishes": len(re.findall(publishes, assembly)),
+    }
 
 
 def main(arch: str) -> list[dict[str, Any]]:
@@ -78,9 +85,10 @@ def main(arch: str) -> list[dict[str, Any]]:
     for name in MODULES:
         setattr(p2p, name, Recorder(getattr(p2p, name), target, found))
     fp8 = torch.float8_e4m3fnuz if is_amd else torch.float8_e4m3fn
-    models = ((7168, 8, 256, fp8, tl.float8e4b8), (4096, 2, 8, torch.bfloat16, tl.bfloat16))
-    for (hidden, top_k, num_experts, dtype, _), (num_shards, rows) in itertools.product(models, ((2, 8), (8, 512))):
-        for partial_dtype in (torch.bfloat16, torch.float32):
+    for hidden, top_k, num_experts, dtype, partial_dtype in (
+        (7168, 8, 256, fp8, torch.bfloat16), (4096, 2, 8, torch.bfloat16, torch.float32),
+    ):  # fmt: skip
+        for num_shards, rows in ((2, 8), (8, 512)):
             _launch_all(p2p.MessageShape(rows, hidden, top_k, dtype, partial_dtype), num_experts, num_shards)
     return found
 
