@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: serve test lint setup
+.PHONY: serve test test-long lint setup
 
 serve: setup
 	@exec $(BIN)/ep serve deepseek-v3 $(ARGS)
@@ -16,8 +16,12 @@ ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
 	@$(BIN)/python -m pytest -q -n auto tests/unit
-	@$(BIN)/python -m pytest tests/serving tests/gpu
+	@$(BIN)/python -m pytest -m "not long" tests/serving tests/gpu
 endif
+
+# Further servers: several routers, weights that are made, and whatever else would take `make test` past its time.
+test-long: setup
+	@$(BIN)/python -m pytest -m long tests/serving
 
 lint: setup
 	$(BIN)/ruff check .

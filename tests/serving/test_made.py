@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from ep.made_slice import write_made
 from ep.plugin import NATIVE_LOAD_FORMAT
 from ep.presets import load_preset
 from tests.serving.generate import NUM_TOKENS, Case, native, routed
+
+pytestmark = pytest.mark.long
 
 NUM_PROMPTS = 16
 TIE = 0.05

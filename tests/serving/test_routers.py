@@ -24,6 +24,8 @@ from ep.trace import Trace
 from ep.trace_parts import read_all_parts
 from tests.serving.served import Served, run_ep, serve
 
+pytestmark = pytest.mark.long
+
 MODEL = "deepseek-v3"
 NUM_PROMPTS, NUM_TOKENS = 32, 32
 KV_CACHE = ("--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28))
