@@ -105,6 +105,7 @@ class Listener:
         self._folder: Path | None = None
         self._own_folder = False
         self._admitted: deque[Connection] = deque()
+        self._has_hung_up = False
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._lock = threading.Lock()
         self._poll = select.poll()
@@ -191,7 +192,9 @@ class Listener:
         self.wake()
 
     def hang_up(self) -> None:
-        """Ends all connections, from the serving thread."""
+        """Ends all connections, from the serving thread, those included whose handshake is under way."""
+        with self._lock:
+            self._has_hung_up = True
         self._admit()
         for connection in {id(c): c for c in self._connections.values()}.values():
             self._forget(connection)
@@ -241,7 +244,11 @@ class Listener:
         peer = "unix peer" if sock.family == socket.AF_UNIX else f"peer {sock.getpeername()[0]}"
         try:
             admitted = admit(sock, self._identity, self._key, time.monotonic() + HANDSHAKE_S)
-            self._admitted.append(Connection(admitted, f"router {admitted.router_id} ({peer})"))
+            with self._lock:
+                if self._has_hung_up:  # while hands were shaken
+                    admitted.channel.close()
+                    return
+                self._admitted.append(Connection(admitted, f"router {admitted.router_id} ({peer})"))
             self.wake()
         except (AuthError, WireError, OSError, ValueError) as error:
             sock.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class SimulatedDevice:
     def __init__(self) -> None:
         self._queue: deque[Callable[[], Any]] = deque()
         self._captured: list[Callable[[], Any]] | None = None
+        self._runs = threading.Lock()
 
     def use(self) -> None:
         """Any thread may launch."""
@@ -65,11 +67,12 @@ class SimulatedDevice:
         return not self._queue
 
     def step(self) -> bool:
-        """Whether an op ran to its end."""
-        if not self._queue or self._queue[0]() is False:
-            return False
-        self._queue.popleft()
-        return True
+        """Whether an op ran to its end. From any thread."""
+        with self._runs:
+            if not self._queue or self._queue[0]() is False:
+                return False
+            self._queue.popleft()
+            return True
 
     def run(self) -> None:
         """Until everything is done or a wait is not over."""
