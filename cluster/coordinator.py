@@ -10,15 +10,17 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from ep.cluster.gpus import KEEP_VISIBLE
+from ep.cluster.hosted import HostedShard
 from ep.cluster.hosts import HostWatch, live_hosts
-from ep.cluster.rebalancer import Outcome, RebalanceOptions, Rebalancer
+from ep.cluster.members import CoordinatorSetup, Member, ShardState
+from ep.cluster.rebalancer import Outcome, Rebalancer
 from ep.cluster.shard_actor import ShardActor, ShardSetup
 from ep.errors import ClusterError, ShardLostError, UserError
 from ep.link import NAMESPACE, Link
@@ -37,44 +39,6 @@ class NoRoomError(ClusterError):
     """A shard's host is lost and no other has room for it, for now."""
 
 
-@dataclass(frozen=True)
-class CoordinatorSetup:
-    """hosts: the address of each shard's bundle. num_cpus, num_gpus: what each shard takes from it."""
-
-    link: Link
-    model: str
-    checkpoint: str
-    placement: dict[str, Any]
-    hosts: tuple[str, ...]
-    num_threads: int
-    num_cpus: float
-    num_gpus: float
-    key: bytes
-    fp8: bool | None
-    rebalance: RebalanceOptions
-
-
-@dataclass(frozen=True)
-class Member:
-    """A shard that can be reached: its incarnation counts its starts."""
-
-    shard_idx: int
-    incarnation: int
-    endpoint: Endpoint
-
-
-@dataclass
-class _Shard:
-    shard_idx: int
-    host: str
-    incarnation: int = 0
-    state: str = "waiting"
-    actor: Any = None
-    endpoint: Endpoint | None = None
-    error: str = ""
-    restarts: list[float] = field(default_factory=list)
-
-
 class Coordinator:
     """Runs with many control threads: routers wait in `replacement` while a shard is restarted."""
 
@@ -82,7 +46,7 @@ class Coordinator:
         self._setup = setup
         self._group = placement_group
         self._changed = threading.Condition()
-        self._shards = [_Shard(i, host) for i, host in enumerate(setup.hosts)]
+        self._shards = [ShardState(i, host) for i, host in enumerate(setup.hosts)]
         self._hosts = HostWatch(dict.fromkeys(setup.hosts), self._lose_host)
         self._phases: dict[int, str] = {}
         self._user_error: UserError | None = None
@@ -91,7 +55,9 @@ class Coordinator:
         self._coming: Placement | None = None
         self._started_at = time.time()
         self._hosts.start()
-        for shard in self._shards:
+        for shard in self._shards[: setup.num_hosted]:
+            shard.actor, shard.state, shard.incarnation = _hosted(setup.link, shard.shard_idx), "loading", 1
+        for shard in self._shards[setup.num_hosted :]:
             threading.Thread(
                 target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}"
             ).start()
@@ -142,6 +108,8 @@ class Coordinator:
         Raises ShardLostError where none comes up within timeout_s seconds.
         """
         shard = self._shards[shard_idx]
+        if isinstance(shard.actor, HostedShard):
+            raise ShardLostError(shard_idx, f"{reason}; it lives and ends with router {shard_idx}")
         self._give_up(shard, incarnation, reason)
         with self._changed:
             done = self._changed.wait_for(
@@ -153,13 +121,24 @@ class Coordinator:
                 raise ShardLostError(shard_idx, f"{reason}; it cannot be restarted: {shard.error}")
             return self._member(shard)
 
+    def hosted_up(self, shard_idx: int, endpoint: Endpoint) -> None:
+        """A router says that the shard in its process has loaded."""
+        shard = self._shards[shard_idx]
+        with self._changed:
+            shard.endpoint, shard.state = endpoint, "up"
+            self._changed.notify_all()
+
     def set_phase(self, rank: int, phase: str) -> None:
         """A router says what it is doing, for the terminal."""
         self._phases[rank] = phase
 
     def progress(self) -> dict[str, Any]:
         """For the terminal while things start: state and experts loaded of every shard, phase of every router."""
-        calls = {s.shard_idx: s.actor.progress.remote() for s in self._shards if s.actor is not None}
+        calls = {}
+        for shard in self._shards:
+            if shard.actor is not None:
+                with suppress(ValueError):  # its router is not there yet
+                    calls[shard.shard_idx] = shard.actor.progress.remote()
         loaded = _answers(calls)
         shards = [{"state": s.state, "experts": loaded.get(s.shard_idx, (0, 0))} for s in self._shards]
         return {"shards": shards, "routers": dict(self._phases)}
@@ -197,10 +176,9 @@ class Coordinator:
         """End all shards and restart none."""
         self._closing = True
         for shard in self._shards:
-            if shard.actor is not None:
-                ray.kill(shard.actor)
+            _end(shard.actor)
 
-    def _keep_alive(self, shard: _Shard) -> None:
+    def _keep_alive(self, shard: ShardState) -> None:
         """Start the shard and start it again whenever its process ends.
 
         A shard that never came up fails for good, at once if the user must mend something. One that was up is tried
@@ -238,7 +216,7 @@ class Coordinator:
                     shard.error = self._why(shard, str(error).strip().splitlines()[0])
                     self._changed.notify_all()
 
-    def _start(self, shard: _Shard) -> None:
+    def _start(self, shard: ShardState) -> None:
         setup = self._setup
         incarnation = shard.incarnation + 1
         host, strategy = self._place(shard.shard_idx)
@@ -247,6 +225,7 @@ class Coordinator:
             "namespace": NAMESPACE,
             "num_cpus": setup.num_cpus,
             "num_gpus": setup.num_gpus,
+            "runtime_env": {"env_vars": KEEP_VISIBLE} if setup.num_gpus else None,
             "max_restarts": 0,
             "max_concurrency": 4,
             "enable_task_events": False,
@@ -260,7 +239,14 @@ class Coordinator:
             .options(**options)
             .remote(
                 ShardSetup(
-                    setup.checkpoint, placement, shard.shard_idx, setup.num_threads, setup.key, setup.fp8, coming
+                    checkpoint=setup.checkpoint,
+                    placement=placement,
+                    shard_idx=shard.shard_idx,
+                    num_threads=setup.num_threads,
+                    key=setup.key,
+                    fp8=setup.fp8,
+                    coming=coming,
+                    ipc=setup.ipc,
                 )
             )
         )
@@ -288,7 +274,8 @@ class Coordinator:
         home = self._setup.hosts[shard_idx]
         why = self._hosts.lost(home)
         if not why:
-            return home, PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=shard_idx)
+            bundle = shard_idx - self._setup.num_hosted
+            return home, PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         needs = {"CPU": self._setup.num_cpus, "GPU": self._setup.num_gpus}
         for host in live_hosts():
             if host.room(needs) and not self._hosts.lost(host.address):
@@ -305,15 +292,14 @@ class Coordinator:
                 shard.state, shard.endpoint = "starting", None
                 shard.error = self._why(shard, "")
         for shard in there:
-            if shard.actor is not None:
-                ray.kill(shard.actor)
+            _end(shard.actor)
 
-    def _why(self, shard: _Shard, said: str) -> str:
+    def _why(self, shard: ShardState, said: str) -> str:
         """The loss of the shard's host, which says more than what Ray said of its actor."""
         lost = self._hosts.lost(shard.host)
         return f"host {shard.host} is lost: {lost}" if lost and "is lost" not in said else said
 
-    def _give_up(self, shard: _Shard, incarnation: int, reason: str) -> None:
+    def _give_up(self, shard: ShardState, incarnation: int, reason: str) -> None:
         """End an incarnation that a router cannot reach: a process that hangs is not noticed by Ray."""
         with self._changed:
             if shard.incarnation != incarnation or shard.state != "up":
@@ -322,15 +308,25 @@ class Coordinator:
             shard.state, shard.endpoint, shard.error = "starting", None, reason
         ray.kill(actor)
 
-    def _member(self, shard: _Shard) -> Member:
+    def _member(self, shard: ShardState) -> Member:
         assert shard.endpoint is not None
-        return Member(shard.shard_idx, shard.incarnation, shard.endpoint)
+        return Member(shard.shard_idx, shard.incarnation, shard.endpoint, shard.actor)
 
     def _all_up(self) -> bool:
         return all(shard.state == "up" for shard in self._shards)
 
-    def _failed(self) -> _Shard | None:
+    def _failed(self) -> ShardState | None:
         return next((shard for shard in self._shards if shard.state == "failed"), None)
+
+
+def _hosted(link: Link, shard_idx: int) -> HostedShard:
+    return HostedShard(link.router_name(shard_idx))
+
+
+def _end(actor: Any) -> None:
+    """The process of a shard, if it has one of its own."""
+    if actor is not None and not isinstance(actor, HostedShard):
+        ray.kill(actor)
 
 
 def _answers(calls: dict[int, Any]) -> dict[int, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -18,6 +18,8 @@ from ep.cluster.router_actor import RouterSetup
 from ep.compute.base import ExpertCompute
 from ep.compute.choose import keeps_quantized, open_compute
 from ep.graph_router import GraphRouter
+from ep.ipc_router import IpcRouter
+from ep.ipc_setup import MESSAGE_TOKENS, message_shape, open_device
 from ep.link import NAMESPACE
 from ep.placement import Placement
 from ep.router import Router
@@ -25,22 +27,40 @@ from ep.shard import Shard
 from ep.share import Share
 from ep.transport.base import Endpoint, Transport, spec_fingerprint
 from ep.transport.handshake import Greeting
+from ep.transport.ipc import IpcTransport
 from ep.transport.local import LocalTransport
+from ep.transport.mailbox import MailboxBlock
 from ep.transport.sockets import SocketTransport
 
 MAX_DISPATCH_TOKENS = 2048
 """Larger batches go out in parts: the buffers of every link are sized for this many."""
 
 
+if TYPE_CHECKING:
+    from ep.cluster.shard_actor import ShardActor
+    from ep.compute.base import RouterSlots
+    from ep.errors import TransportError
+
+
 @dataclass(frozen=True)
 class DataPlane:
-    """A router, what it sends over, and what records it."""
+    """A router and what records it. describe: how a shard is reached, in words; close: ends what it sends over."""
 
-    router: Router | GraphRouter
-    transport: Transport | None
+    router: Router | GraphRouter | IpcRouter
     recording: Recording | None
-    between_steps: threading.Lock = field(default_factory=threading.Lock)
+    describe: Callable[[int], str]
+    close: Callable[[], None]
+    between_steps: threading.RLock = field(default_factory=threading.RLock)
     """Held during a step: whoever holds it may change what steps rely on."""
+
+    def __post_init__(self) -> None:
+        if self.recording is not None:
+            self.recording.recorder.before_close = self.take_load
+
+    def take_load(self) -> None:
+        """Bring the counters up to date."""
+        with self.between_steps:
+            self.router.take_load()
 
     def adopt(self, placement: Placement) -> None:
         """Route by this placement from the next step on. Raises PlacementError."""
@@ -50,15 +70,14 @@ class DataPlane:
 
     def status(self) -> dict[str, Any]:
         """Counters of every link, and the losses that were mended."""
-        links = [
-            link.to_dict() | {"way": self.transport.describe(shard_idx) if self.transport else "in process"}
-            for shard_idx, link in enumerate(self.router.stats())
-        ]
+        self.take_load()
+        links = [link.to_dict() | {"way": self.describe(idx)} for idx, link in enumerate(self.router.stats())]
         recorded = self.recording.status() if self.recording is not None else {}
         return {"links": links, "recoveries": [asdict(recovery) for recovery in self.router.recoveries]} | recorded
 
     def metrics(self) -> dict[str, Any]:
         """Counters of every link, slots of every shard, and the shards' load in the last window."""
+        self.take_load()
         placement, recording = self.router.placement, self.recording
         return {
             "links": [link.to_dict() for link in self.router.stats()],
@@ -67,15 +86,20 @@ class DataPlane:
         }
 
 
-def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, str], share: Share) -> DataPlane:
-    """Waits for the shards and connects to them; max_tokens is the largest batch of vLLM's scheduler, of which this
-    router dispatches its share.
+def open_data_plane(
+    setup: RouterSetup, max_tokens: int, versions: Mapping[str, str], share: Share, hosted: ShardActor | None
+) -> DataPlane:
+    """Waits for the shards and connects to them; with ipc that is left to the router's `open_slots`. max_tokens: the
+    largest batch of vLLM's scheduler, of which this router dispatches its share.
 
-    versions: for the trace's header. Raises CheckpointError, ClusterError, ShardLostError, TraceError.
+    versions: for the trace's header. hosted: the shard that is to live in this process. Raises CheckpointError,
+    ClusterError, OptionError, ShardLostError, TraceError.
     """
     checkpoint = Checkpoint(setup.checkpoint)
     spec = checkpoint.spec
     placement = Placement.from_dict(setup.placement)
+    if setup.ipc is not None:
+        return _open_ipc(setup, checkpoint, placement, versions, share, hosted)
     max_tokens = share.length(max_tokens)
     transport: Transport
     replace = None
@@ -88,8 +112,7 @@ def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, 
         shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
         transport = LocalTransport(shards, spec.hidden_size, spec.top_k, max_tokens)
     else:
-        coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
-        membership = Membership(coordinator, setup.deadline_s, setup.start_timeout_s)
+        membership = _membership(setup)
         greeting = Greeting(
             router_id=setup.link.router_name(setup.rank),
             fingerprint=spec_fingerprint(spec),
@@ -106,12 +129,64 @@ def open_data_plane(setup: RouterSetup, max_tokens: int, versions: Mapping[str, 
         placement,
         transport,
         dispatch_dtype=setup.dispatch_dtype,
+        combine_dtype=setup.combine_dtype,
         deadline_s=setup.deadline_s,
         on_shard_lost=replace,
     )
     recording = Recording.start(setup, spec, placement, endpoints, versions)
     router.recorder = recording.recorder if recording is not None else None
-    return DataPlane(router, transport, recording)
+    return DataPlane(router, recording, transport.describe, router.close)
+
+
+def _membership(setup: RouterSetup) -> Membership:
+    """Waits for all shards."""
+    coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
+    return Membership(coordinator, setup.deadline_s, setup.start_timeout_s)
+
+
+def _open_ipc(
+    setup: RouterSetup,
+    checkpoint: Checkpoint,
+    placement: Placement,
+    versions: Mapping[str, str],
+    share: Share,
+    hosted: ShardActor | None,
+) -> DataPlane:
+    """All shards on this node, one of them perhaps in this process."""
+    assert setup.ipc is not None
+    spec, local = checkpoint.spec, setup.rank if hosted is not None else None
+    place = torch.device("cuda", share.rank) if setup.on_gpu else torch.device("cpu")
+    device = open_device(place)
+    block = MailboxBlock.open(setup.ipc.block, setup.ipc.num_routers, placement.num_shards)
+    message = message_shape(spec, setup.ipc, place)
+    transport = IpcTransport(device, block, setup.rank, message, placement, local, setup.deadline_s)
+    members: list[Membership] = []
+
+    def open_slots() -> RouterSlots | None:
+        slots = None
+        if hosted is not None:
+            hosted.load()
+            slots = hosted.compute.for_router(MESSAGE_TOKENS)
+            coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
+            ray.get(coordinator.hosted_up.remote(local, hosted.listen()))
+        members.append(_membership(setup))
+        for shard_idx in range(placement.num_shards):
+            if shard_idx != local:
+                transport.replace(shard_idx, members[0].attach(shard_idx, transport.handles))
+        return slots
+
+    def replace(shard_idx: int, error: TransportError) -> None:
+        members[0].replace(shard_idx, error)
+        transport.replace(shard_idx, members[0].attach(shard_idx, transport.handles))
+
+    def close() -> None:
+        router.close()
+        block.close()
+
+    router = IpcRouter(spec, placement, transport, device, open_slots, replace, share)
+    recording = Recording.start(setup, spec, placement, [], versions)
+    router.recorder = recording.recorder if recording is not None else None
+    return DataPlane(router, recording, lambda shard_idx: "in process" if shard_idx == local else "ipc", close)
 
 
 def _open_on_gpu(
@@ -137,4 +212,4 @@ def _open_on_gpu(
     router = GraphRouter(spec, placement, open_slots, max_tokens, device)
     recording = Recording.start(setup, spec, placement, [], versions)
     router.recorder = recording.recorder if recording is not None else None
-    return DataPlane(router, None, recording)
+    return DataPlane(router, recording, lambda _: "in process", router.close)

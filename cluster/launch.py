@@ -13,14 +13,17 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ep.cluster.coordinator import Coordinator, CoordinatorSetup
+from ep.cluster.coordinator import Coordinator
 from ep.cluster.gpus import KEEP_VISIBLE
 from ep.cluster.hosts import live_hosts
+from ep.cluster.members import CoordinatorSetup
 from ep.cluster.rebalancer import RebalanceOptions
 from ep.cluster.router_actor import RouterActor, RouterSetup, end_routers
 from ep.cluster.session import Session
+from ep.cluster.shard_actor import ShardSetup
 from ep.cluster.spread import spread
 from ep.errors import ClusterError
+from ep.ipc_options import IpcOptions, block_name
 from ep.link import NAMESPACE, Link
 from ep.placement import Placement
 
@@ -37,8 +40,9 @@ class LaunchOptions:
     """shard_cpus, shard_gpus: what each shard takes of its node. num_hosts: that the shards are spread over, None for
     all that have room. wait_s: how long to wait for these resources.
 
-    num_routers: router actors, the tensor-parallel ranks of every engine. trace: path on the routers' node that load is
-    recorded in, None to record nothing.
+    num_routers: router actors, the tensor-parallel ranks of every engine. num_hosted: shards, the first ones, that live
+    in the processes of as many routers (ipc only). trace: path on the routers' node that load is recorded in, None to
+    record nothing.
     """
 
     instance: str
@@ -47,6 +51,7 @@ class LaunchOptions:
     placement: Placement
     transport: str = "socket"
     dispatch_dtype: str = "bf16"
+    combine_dtype: str = "f32"
     fp8: bool | None = None
     deadline_s: float = 60.0
     start_timeout_s: float = 1800.0
@@ -56,6 +61,7 @@ class LaunchOptions:
     shard_gpus: float = 0.0
     num_hosts: int | None = None
     num_routers: int = 1
+    num_hosted: int = 0
     router_threads: int = 1
     on_gpu: bool = False
     router_gpus: float = 0.0
@@ -67,7 +73,14 @@ class LaunchOptions:
     @property
     def num_shard_actors(self) -> int:
         """With the local transport the shards are objects in the router's process."""
-        return 0 if self.transport == "local" else self.placement.num_shards
+        return 0 if self.transport == "local" else self.placement.num_shards - self.num_hosted
+
+    @property
+    def ipc(self) -> IpcOptions | None:
+        """None where routers do not use it."""
+        if self.transport != "ipc":
+            return None
+        return IpcOptions(block_name(self.instance), self.num_routers, self.dispatch_dtype, self.combine_dtype)
 
 
 class Launch:
@@ -88,10 +101,10 @@ class Launch:
         on_wait is told what is missing while resources are waited for. Raises ClusterError when they do not come.
         """
         options = self.options
-        hosts: list[str] = []
+        hosts = [self.session.node_ip] * options.num_hosted
         if options.num_shard_actors:
             bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
-            hosts = self._reserve(bundle, on_wait)
+            hosts += self._reserve(bundle, on_wait)
         here = NodeAffinitySchedulingStrategy(self.session.node_id, soft=False)
         self._coordinator = (
             ray.remote(Coordinator)
@@ -116,6 +129,8 @@ class Launch:
                     key=self._key,
                     fp8=options.fp8,
                     rebalance=options.rebalance,
+                    num_hosted=options.num_hosted,
+                    ipc=options.ipc,
                 ),
                 self._group,
             )
@@ -171,15 +186,24 @@ class Launch:
 
     def _start_router(self, rank: int, here: NodeAffinitySchedulingStrategy) -> Any:
         options = self.options
+        placement = options.placement.to_dict()
+        hosted = None
+        if rank < options.num_hosted:
+            hosted = ShardSetup(
+                options.checkpoint, placement, rank, options.shard_threads, self._key, options.fp8, ipc=options.ipc
+            )
         setup = RouterSetup(
             link=self.link,
             rank=rank,
             model=options.model,
             checkpoint=options.checkpoint,
-            placement=options.placement.to_dict(),
+            placement=placement,
             transport=options.transport,
             on_gpu=options.on_gpu,
             dispatch_dtype=options.dispatch_dtype,
+            combine_dtype=options.combine_dtype,
+            ipc=options.ipc,
+            hosted=hosted,
             deadline_s=options.deadline_s,
             start_timeout_s=options.start_timeout_s,
             num_threads=options.router_threads,
@@ -197,7 +221,7 @@ class Launch:
                 num_cpus=0,
                 num_gpus=options.router_gpus,
                 runtime_env={"env_vars": KEEP_VISIBLE} if options.router_gpus else None,
-                max_concurrency=4,
+                max_concurrency=8,
                 enable_task_events=False,
                 scheduling_strategy=here,
             )
@@ -212,6 +236,8 @@ class Launch:
             options = self.options
             first, *others = live_hosts(self.session.node_id)
             first = first.without({"GPU": options.router_gpus * options.num_routers})
+            if options.ipc is not None:
+                others = []  # memory is shared within a host
             hosts = spread([first, *others], bundle, options.num_shard_actors, options.num_hosts)
             if hosts is not None:
                 # Each bundle keeps to its host: on another one's loss Ray would move it to wherever there is room.

@@ -10,6 +10,7 @@ from ep.errors import EpError, ShardLostError, TransportError
 
 if TYPE_CHECKING:
     from ep.transport.base import Endpoint
+    from ep.transport.ipc_handles import RouterHandles, ShardHandles
 
 
 class Membership:
@@ -27,6 +28,13 @@ class Membership:
     def endpoints(self) -> list[Endpoint]:
         """The shards' endpoints in the order of their index."""
         return [self._members[idx].endpoint for idx in sorted(self._members)]
+
+    def attach(self, shard_idx: int, handles: RouterHandles) -> ShardHandles:
+        """Introduce a router to a shard of its node. Raises ShardLostError, and what the shard raises."""
+        try:
+            return _call(self._members[shard_idx].actor.attach.remote(handles))
+        except ray.exceptions.RayActorError as error:
+            raise ShardLostError(shard_idx, f"it ended before a router met it ({type(error).__name__})") from error
 
     def replace(self, shard_idx: int, error: TransportError) -> Endpoint:
         """The endpoint of the shard's next incarnation. Raises ShardLostError where none comes up in time."""

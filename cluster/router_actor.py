@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ep import __version__
 from ep.cluster.gpus import claim
 from ep.cluster.session import restore_priority
+from ep.cluster.shard_actor import ShardActor, ShardSetup
 from ep.cluster.step_queue import StepQueue
 from ep.errors import ClusterError, TraceError
 from ep.link import NAMESPACE, Link
@@ -26,6 +27,7 @@ from ep.share import Share
 if TYPE_CHECKING:
     from ep.cluster.data_plane import DataPlane
     from ep.cluster.recording import Recording
+    from ep.ipc_options import IpcOptions
     from ep.load import PlacementChange
     from ep.recorder import RecentLoad
 
@@ -40,7 +42,8 @@ class RouterSetup:
     """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
 
     rank: among all routers of the instance. on_gpu: whether attention, and slots in this process, are computed by a
-    GPU. model: its name. trace: path of the file that load is recorded in, None to record nothing.
+    GPU. ipc: None for other transports; hosted: the shard that lives in this process, if one does. model: its name.
+    trace: path of the file that load is recorded in, None to record nothing.
     """
 
     link: Link
@@ -51,6 +54,9 @@ class RouterSetup:
     transport: str
     on_gpu: bool
     dispatch_dtype: str
+    combine_dtype: str
+    ipc: IpcOptions | None
+    hosted: ShardSetup | None
     deadline_s: float
     start_timeout_s: float
     num_threads: int
@@ -71,6 +77,7 @@ class RouterActor:
         restore_priority()
         self._setup = setup
         self._data_plane: DataPlane | None = None
+        self._hosted = ShardActor(setup.hosted, own_process=False) if setup.hosted is not None else None
         self._worker: Any = None
         self._steps: StepQueue | None = None
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -100,6 +107,11 @@ class RouterActor:
     def run(self) -> None:
         """Serve steps until the queue is closed; its end tells the executor that this router is gone."""
         self._call(self._serve)
+
+    def call_hosted(self, method: str, *arguments: Any) -> Any:
+        """A call of the shard that lives in this process (ShardActor)."""
+        assert self._hosted is not None, "no shard lives here"
+        return getattr(self._hosted, method)(*arguments)
 
     def adopt(self, placement: dict[str, Any]) -> None:
         """Route by this placement from the next step on."""
@@ -185,7 +197,7 @@ class RouterActor:
         share = Share(rank, group_size)
         claim(rank)  # where vLLM's worker of this rank looks for its GPU
         self._data_plane = open_data_plane(
-            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions, share
+            self._setup, vllm_config.scheduler_config.max_num_batched_tokens, versions, share, self._hosted
         )
         router = self._data_plane.router
         bind_router(GroupRouter(router, share) if group_size > 1 and isinstance(router, Router) else router)
@@ -208,7 +220,7 @@ class RouterActor:
             self._worker.serve()
         finally:
             assert self._data_plane is not None
-            self._data_plane.router.close()
+            self._data_plane.close()
 
     def _phase(self, phase: str) -> None:
         import ray

@@ -8,12 +8,16 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ep.cluster.gpus import claim
 from ep.cluster.session import restore_priority
 
 if TYPE_CHECKING:
+    from ep.compute.base import ExpertCompute
+    from ep.ipc_options import IpcOptions
     from ep.migration import Transfer
     from ep.mover import Moved
     from ep.transport.base import Endpoint
+    from ep.transport.ipc_handles import RouterHandles, ShardHandles
 
 SWITCH_S = 5e-4
 """How long a control call may keep the interpreter from the thread that serves."""
@@ -23,7 +27,7 @@ SWITCH_S = 5e-4
 class ShardSetup:
     """What a shard is made from. placement: Placement.to_dict(); key: the cluster's random key; fp8: whether an FP8
     checkpoint's experts stay so, None for the device's default; coming: a placement that routers may go over to while
-    this shard starts."""
+    this shard starts; ipc: for the routers of its node, None where all of them use sockets."""
 
     checkpoint: str
     placement: dict[str, Any]
@@ -32,20 +36,24 @@ class ShardSetup:
     key: bytes
     fp8: bool | None = None
     coming: dict[str, Any] | None = None
+    ipc: IpcOptions | None = None
 
 
 class ShardActor:
-    """One shard's process. Runs with several control threads; the shard's own thread computes."""
+    """One shard, with several control threads beside its own that computes. own_process: it may set up the process."""
 
-    def __init__(self, setup: ShardSetup) -> None:
-        # Read by OpenMP when torch is imported, which is why torch is imported below.
-        os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
-        restore_priority()
+    def __init__(self, setup: ShardSetup, own_process: bool = True) -> None:
         self._setup = setup
         self._shard: Any = None
+        self._ipc: Any = None
         self._mover: Any = None
-        sys.setswitchinterval(SWITCH_S)
         self._progress = (0, 0)
+        if own_process:
+            # Read by OpenMP when torch is imported, which is why torch is imported below.
+            os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
+            restore_priority()
+            claim()
+            sys.setswitchinterval(SWITCH_S)
 
     def load(self) -> None:
         """Read this shard's slots from the checkpoint. Raises CheckpointError."""
@@ -63,13 +71,23 @@ class ShardActor:
             coming=None if coming is None else Placement.from_dict(coming),
         )
 
+    @property
+    def compute(self) -> ExpertCompute:
+        """The loaded slots, for a router in the same process."""
+        return self._shard.compute
+
     def listen(self) -> Endpoint:
-        """Open the data plane's sockets on this node; returns where routers connect."""
+        """Open the data plane on this node, for ipc too if so asked; returns where routers connect by sockets."""
         import ray
 
         from ep.checkpoint import Checkpoint
+        from ep.compute.choose import choose_device
         from ep.mover import Mover
 
+        if self._setup.ipc is not None:
+            from ep.ipc_shard import IpcShard
+
+            self._ipc = IpcShard(self._shard, self._setup.ipc, choose_device())
         node_id = ray.get_runtime_context().get_node_id()
         self._mover = Mover(self._shard, Checkpoint(self._setup.checkpoint), self._setup.key, node_id)
         return self._shard.listen(
@@ -78,6 +96,10 @@ class ShardActor:
             host=ray.util.get_node_ip_address(),
             num_threads=self._setup.num_threads,
         )
+
+    def attach(self, handles: RouterHandles) -> ShardHandles:
+        """From now on this router of the node is served over ipc. Raises TransportError, RuntimeError."""
+        return self._ipc.attach(handles)
 
     def prepare(self, placement: dict[str, Any], transfers: list[Transfer], endpoints: list[Endpoint]) -> Moved:
         """Take in new experts beside the old ones, try them, and answer requests of that placement too.
@@ -114,7 +136,13 @@ class ShardActor:
         import ray
 
         node = {"node_id": ray.get_runtime_context().get_node_id(), "node_ip": ray.util.get_node_ip_address()}
-        return node | {"pid": os.getpid()} | (self._shard.status() if self._shard is not None else {})
+        found = node | {"pid": os.getpid()}
+        if self._shard is not None:
+            found |= self._shard.status()
+        if self._ipc is not None:
+            for name, value in self._ipc.status().items():
+                found[name] = found.get(name, 0) + value
+        return found
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)

@@ -39,9 +39,28 @@ def cli() -> None:
     type=click.Choice(TRANSPORTS),
     default="socket",
     show_default=True,
-    help="socket: shards in actors of their own. local: all slots in the router's process.",
+    help="socket: to shards on any host. ipc: through memory that routers and shards of one host share, between GPUs "
+    "without a host in the way. local: all slots in the router's process.",
 )
-@click.option("--dispatch-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True)
+@click.option(
+    "--share-gpus/--no-share-gpus",
+    default=None,
+    help="With ipc, shards that live in routers' processes, on their GPUs. [default: where there are too few GPUs]",
+)
+@click.option(
+    "--dispatch-dtype",
+    type=click.Choice(["bf16", "fp8"]),
+    default="bf16",
+    show_default=True,
+    help="How tokens travel to the shards.",
+)
+@click.option(
+    "--combine-dtype",
+    type=click.Choice(["f32", "bf16"]),
+    default="f32",
+    show_default=True,
+    help="How partial sums travel back.",
+)
 @click.option(
     "--expert-dtype",
     type=click.Choice(["auto", "fp8"]),

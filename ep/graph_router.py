@@ -22,7 +22,7 @@ from ep.errors import PlacementError
 from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
-from ep.router import Recovery
+from ep.router import Recovery, StepFailure
 from ep.share import WHOLE
 
 if TYPE_CHECKING:
@@ -76,10 +76,17 @@ class GraphRouter:
         self.placement = placement
 
     @contextmanager
-    def step(self, num_tokens: int, num_requests: int) -> Iterator[None]:
+    def step(self, num_tokens: int, num_requests: int, num_decode: int | None = None) -> Iterator[int]:
         """Rows past num_tokens are padding."""
         self._num_tokens.fill_(num_tokens)
-        yield
+        yield 0
+
+    def failure(self, step: int) -> StepFailure | None:
+        """None: there is nothing to lose here."""
+        return None
+
+    def take_load(self) -> None:
+        """Load is not counted here."""
 
     def dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor

@@ -18,7 +18,7 @@ import torch
 
 from ep.errors import TransportError
 from ep.model import ModelSpec
-from ep.router import Router
+from ep.router import Router, StepFailure
 from ep.share import Share
 
 
@@ -40,16 +40,19 @@ class GroupRouter:
         self._router.open_slots()
 
     @contextmanager
-    def step(self, num_tokens: int, num_requests: int) -> Iterator[None]:
+    def step(self, num_tokens: int, num_requests: int, num_decode: int | None = None) -> Iterator[int]:
         """As Router.step. Raises at its end what kept a layer of it from being computed."""
         self._failure, self._in_step = None, True
         try:
-            with self._router.step(num_tokens, num_requests):
-                yield
+            with self._router.step(num_tokens, num_requests) as step:
+                yield step
                 if self._failure is not None:
                     raise self._failure
         finally:
             self._failure, self._in_step = None, False
+
+    def failure(self, step: int) -> StepFailure | None:
+        return self._router.failure(step)
 
     def dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor

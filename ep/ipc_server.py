@@ -20,10 +20,11 @@ from collections.abc import Callable, Container
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
+from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
 from ep.ipc_jobs import JobRing, Waiting, bucket, join
 from ep.kernels import p2p
@@ -31,28 +32,24 @@ from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p import Job
 from ep.kernels.p2p_layout import Header, MessageShape
 from ep.transport import mailbox
-from ep.transport.ipc import RouterHandles, ShardHandles
 from ep.transport.ipc_device import IpcDevice, Launch
+from ep.transport.ipc_handles import RouterHandles, ShardHandles
 from ep.transport.mailbox import MailboxBlock
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 BUSY_S = 2e-4
-"""How long the thread spins after work before it offers its core to others at every look."""
-
-
-class JobCompute(Protocol):
-    """Launches the experts: rows of the job -> out [C, H], the partials. May be captured."""
-
-    def __call__(self, job: Job, capacity: int, out: torch.Tensor) -> None: ...
+"""How long the thread spins after work before it rests between looks."""
 
 
 @dataclass(frozen=True)
 class IpcLimits:
-    """job_tokens: rows of one job, longer messages take several. graph_tokens: up to here jobs run captured graphs."""
+    """job_tokens: rows of one job, longer messages take several. graph_tokens: up to here jobs run captured graphs.
+    nap_s: how long an idle thread sleeps between two looks, 0 to only offer its core to others."""
 
     job_tokens: int = 4096
     graph_tokens: int = 256
+    nap_s: float = 0.0
 
 
 @dataclass
@@ -202,7 +199,7 @@ class IpcServer:
                 elif self.poll():
                     idle_since = time.perf_counter()
                 elif time.perf_counter() - idle_since > BUSY_S:
-                    os.sched_yield()
+                    self._rest()
             self._device.synchronize()
         except Exception as error:
             log.exception("shard %d: serving routers over ipc ended", self._shard_idx)
@@ -213,6 +210,12 @@ class IpcServer:
             ready.set()
             while self._commands:
                 self._commands.popleft()()
+
+    def _rest(self) -> None:
+        if self._limits.nap_s:
+            time.sleep(self._limits.nap_s)
+        else:
+            os.sched_yield()
 
     def _on_thread(self, work: Callable[[], T]) -> T:
         """Runs work between two polls and returns what it returns."""
@@ -232,7 +235,7 @@ class IpcServer:
     def _attach(self, handles: RouterHandles) -> ShardHandles:
         self._detach(handles.router_idx)
         router_idx, shard_idx, message = handles.router_idx, self._shard_idx, self._message
-        inbox = torch.zeros(message.inbox_bytes, dtype=torch.uint8, device=self._device.torch_device)
+        inbox = self._device.shared_zeros(message.inbox_bytes)
         box = self._device.open(handles.box)
         base = box.data_ptr()
         self._inboxes[router_idx] = inbox.data_ptr()

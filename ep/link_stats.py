@@ -54,7 +54,7 @@ class LinkStats:
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
-        values["round_trips_us"] = self.round_trips_us[: self.requests].tolist()
+        values["round_trips_us"] = self.round_trips_us[: sum(self.histogram)].tolist()  # fewer than requests over ipc
         return values
 
 

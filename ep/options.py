@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-TRANSPORTS = ("socket", "local")
+TRANSPORTS = ("socket", "ipc", "local")
 
 
 class FlagsForVllm(click.Command):

@@ -103,7 +103,8 @@ class LoadRecorder:
 
     A window without steps does not exist. One token of every sample_every-th step is followed through all layers, at
     most MAX_SAMPLES in a window. on_window, if set, is called with every window as it closes, in order; it must return
-    at once, and it may be called from any of the recorder's methods. clock: seconds that never go back.
+    at once, and it may be called from any of the recorder's methods. before_close, if set, is called before a window is
+    closed because of its age or by `flush`, to `add_counts` what is not in it yet. clock: seconds that never go back.
 
     Decode tokens are those of requests that enter a step with one token. What token_phases cannot tell is taken from
     the step as a whole: decode if it has a token per request, else prefill.
@@ -124,6 +125,7 @@ class LoadRecorder:
         self.router = router
         self.window_s = window_s
         self.on_window = on_window
+        self.before_close: Callable[[], None] | None = None
         self._shape = (spec.num_moe_layers, spec.num_experts)
         self._num_shards = num_shards
         self._sample_every = sample_every
@@ -135,6 +137,7 @@ class LoadRecorder:
         self._step: _Step | None = None
         self._counts = np.zeros((self._shape[0], 2, self._shape[1]), dtype=np.int64)
         self._sample = np.zeros((self._shape[0], spec.top_k), dtype=np.int16)
+        self._elsewhere = np.zeros_like(self._counts)
         self._open: _OpenWindow | None = None
         self._links: list[list[int]] = []
         """The links' counters at the end of the last step, or before the first one of the next window."""
@@ -200,14 +203,51 @@ class LoadRecorder:
             self._links = [link.counters() for link in links]
         self.close_due()
 
+    def add_step(
+        self, links: Sequence[LinkStats], wall: float, seconds: float, num_tokens: int, num_decode: int, generation: int
+    ) -> None:
+        """A step whose layers are counted elsewhere (`add_counts`): it began at `wall`, seconds since 1970, and took
+        `seconds`; the first num_decode of its tokens are decode."""
+        now = self._clock()
+        with self._lock:
+            if self._open is not None and self._open.generation != generation:
+                self._close()
+            if self._open is None:
+                self._links = [link.counters() for link in links]
+                counts = np.zeros_like(self._counts)
+                self._open = _OpenWindow(wall, now - seconds, now, self._num_steps, generation, self._links, counts)
+            window = self._open
+            window.num_tokens[_DECODE] += num_decode
+            window.num_tokens[_PREFILL] += num_tokens - num_decode
+            window.step_seconds.append(seconds)
+            window.ended = now
+            self._num_steps += 1
+            self._links = [link.counters() for link in links]
+        self.close_due()
+
+    def add_counts(self, pairs: Int64Array, links: Sequence[LinkStats]) -> None:
+        """int64 [2, L, E], prefill and decode: what the steps of the open window chose, or those of the next one."""
+        with self._lock:
+            self._elsewhere += pairs.transpose(1, 0, 2)
+            if self._open is not None:
+                self._open.counts += self._elsewhere
+                self._elsewhere.fill(0)
+                self._links = [link.counters() for link in links]
+
     def close_due(self) -> None:
         """Close the open window if its time is over; also for windows that no step comes to close."""
+        with self._lock:
+            is_due = self._open is not None and self._clock() - self._open.began >= self.window_s
+        if is_due and self.before_close is not None:
+            self.before_close()
         with self._lock:
             if self._open is not None and self._clock() - self._open.began >= self.window_s:
                 self._close()
 
     def flush(self) -> None:
         """Close the open window now."""
+        if self.before_close is not None:
+            self.before_close()
         with self._lock:
             if self._open is not None:
                 self._close()

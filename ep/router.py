@@ -40,12 +40,21 @@ MAX_RECOVERIES = 3
 
 @dataclass(frozen=True)
 class Recovery:
-    """A gap: shard_idx was lost in a layer and its work sent again `seconds` after the loss was noticed."""
+    """A gap: shard_idx was lost and answered again `seconds` after the loss was noticed. layer_pos: of the layer whose
+    work was sent again; None between steps."""
 
     shard_idx: int
-    layer_pos: int
+    layer_pos: int | None
     seconds: float
     reason: str
+
+
+@dataclass(frozen=True)
+class StepFailure:
+    """What kept a step from being whole. again: it is mended before the next step, in which the same may be tried."""
+
+    error: TransportError
+    again: bool
 
 
 @dataclass
@@ -133,18 +142,18 @@ class Router:
         self._assigner = assigner or Assigner(placement)
 
     @contextmanager
-    def step(self, num_tokens: int, num_requests: int) -> Iterator[None]:
+    def step(self, num_tokens: int, num_requests: int, num_decode: int | None = None) -> Iterator[int]:
         """All that is dispatched inside is one step to the recorder, of num_tokens tokens of num_requests requests.
 
-        A step that fails is not recorded: not all of its layers ran.
+        A step that fails is not recorded: not all of its layers ran. num_decode is left to the recorder's own look.
         """
         recorder = self.recorder
         if recorder is None:
-            yield
+            yield 0
             return
         recorder.begin_step(self._stats, num_tokens, num_requests)
         try:
-            yield
+            yield 0
         except BaseException:
             recorder.drop_step()
             raise
@@ -241,6 +250,13 @@ class Router:
             return routed
         self._dispatch(layer_pos, *call.rest)
         return torch.cat([routed, self.combine(layer_pos)])
+
+    def failure(self, step: int) -> StepFailure | None:
+        """None: what fails here raises at once."""
+        return None
+
+    def take_load(self) -> None:
+        """Nothing is counted elsewhere."""
 
     def stats(self) -> list[LinkStats]:
         """By shard, since the router was made."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from ep.announce import announce
 from ep.cluster.router_actor import FAILED
-from ep.devices import serves_on_gpu
+from ep.devices import count_gpus, serves_on_gpu
 from ep.errors import ClusterError, OptionError, PlacementError
 from ep.model import ModelSpec
 from ep.placement import Placement, even_split, with_spares
@@ -44,8 +44,9 @@ class ServeOptions:
     routers: engines with attention and KV cache of their own behind the one server; each is as many router actors as
     vLLM's --tensor-parallel-size says. spare_slots: empty slots per shard and layer that a rebalance moves into, by
     default one for every 16.
-    trace: new file that load is recorded in, "none" for none, None for one in the state folder. check: end as soon as a
-    first token has come back.
+    share_gpus: with ipc, as many shards as there are routers live in the routers' processes; None: only those for
+    which there is no GPU left. trace: new file that load is recorded in, "none" for none, None for one in the state
+    folder. check: end as soon as a first token has come back.
     """
 
     model: str
@@ -58,7 +59,9 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     transport: str = "socket"
+    share_gpus: bool | None = None
     dispatch_dtype: str = "bf16"
+    combine_dtype: str = "f32"
     expert_dtype: str = "auto"
     deadline_s: float = 60.0
     wait_s: float = 60.0
@@ -98,7 +101,11 @@ def serve(options: ServeOptions) -> None:
         raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
     placement = first_placement(target.spec, num_shards, options)
     if options.transport == "local" and num_routers > 1:
-        raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, expected socket")
+        raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, another transport")
+    if options.transport == "ipc" and options.nodes not in (None, 1):
+        raise OptionError(f"--transport ipc --nodes {options.nodes}: memory is shared within one host, expected 1")
+    if options.share_gpus is not None and options.transport != "ipc":
+        raise OptionError(f"--share-gpus: of --transport ipc, not of {options.transport}")
     with terminal.quiet("serve"):
         try:
             _serve(options, target, placement, terminal)
@@ -134,6 +141,14 @@ def check_memory(spec: ModelSpec, placement: Placement, options: ServeOptions, a
         )
 
 
+def num_hosted(options: ServeOptions, num_shards: int, num_routers: int, num_gpus: int) -> int:
+    """Shards that live in routers' processes. num_gpus: of this machine, 0 where vLLM computes on the CPU."""
+    most = min(num_shards, num_routers) if options.transport == "ipc" else 0
+    if options.share_gpus is None:
+        return max(min(most, num_shards + num_routers - num_gpus), 0) if num_gpus else 0
+    return most if options.share_gpus else 0
+
+
 def default_shards() -> int:
     """One shard a CPU core, at most 2: on one machine more shards only add messages."""
     return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -157,6 +172,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     on_gpu = serves_on_gpu()
+    num_gpus = count_gpus() if on_gpu else 0
     if not on_gpu:
         check_memory(target.spec, placement, options, sessions.cluster_memory())
     ranks = tensor_parallel_size(options.vllm_flags)
@@ -171,6 +187,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             placement=placement,
             transport=options.transport,
             dispatch_dtype=options.dispatch_dtype,
+            combine_dtype=options.combine_dtype,
             fp8=True if options.expert_dtype == "fp8" else None,
             deadline_s=options.deadline_s,
             wait_s=options.wait_s,
@@ -181,6 +198,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             shard_gpus=options.shard_gpus if on_gpu else 0.0,
             router_gpus=options.router_gpus if on_gpu else 0.0,
             num_routers=options.routers * ranks,
+            num_hosted=num_hosted(options, placement.num_shards, options.routers * ranks, num_gpus),
             router_threads=options.router_threads,
             router_environment=_router_environment(),
             rebalance=RebalanceOptions(

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ep.assign import split
 from ep.checkpoint import Checkpoint, OnProgress, SlotWeights
 from ep.compute import slot_memory
-from ep.compute.base import Work
+from ep.compute.base import ExpertCompute, Work
 from ep.compute.choose import choose_device, keeps_quantized, open_compute
+from ep.compute.host_experts import run_table
 from ep.errors import PlacementError, WireError
 from ep.migration import union
 from ep.model import ModelSpec
@@ -146,6 +146,11 @@ class Shard:
         return shard
 
     @property
+    def served(self) -> Mapping[int, Placement]:
+        """The placements whose requests are answered, by generation; never changed, but replaced by another."""
+        return self._served
+
+    @property
     def generations(self) -> list[int]:
         """Of the placements whose requests are answered."""
         return sorted(self._served)
@@ -165,6 +170,11 @@ class Shard:
         self._served = served  # replaced, never changed: the serving thread reads it without a lock
         self.placement = served[max(served)]
         self._stats.generation = max(served)
+
+    @property
+    def compute(self) -> ExpertCompute:
+        """Its slots and the code that runs them."""
+        return self._compute
 
     @property
     def slot_format(self) -> str:
@@ -207,21 +217,9 @@ class Shard:
 
     def forward(self, layer_pos: int, x: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H], slot_ids int [T, K] (-1 for none), weights float32 [T, K] -> partials float32 [T, H]."""
-        work = split(np.where(slot_ids.numpy() < 0, 1, 0), 2)[0]
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        if not len(work.counts):
-            return out
-        token_idx = torch.from_numpy(work.token_idx)
-        part = Work(
-            rows=x.index_select(0, token_idx),
-            scales=None,
-            counts=work.counts.astype(np.int32),
-            slot_ids=slot_ids.flatten()[work.pair_idx].int().numpy(),
-            weights=weights.flatten()[work.pair_idx].float().numpy(),
-            out=torch.empty(len(token_idx), x.shape[1]),
-        )
-        self._compute.run(layer_pos, [part])
-        return out.index_copy_(0, token_idx, part.out)
+        out = torch.empty(x.shape, dtype=torch.float32)
+        run_table(self._compute, layer_pos, x, None, slot_ids, weights, out)
+        return out
 
     def answer(self, message: Dispatch, views: DispatchViews, out: torch.Tensor) -> int:
         """Computes one dispatch into out [T, H]; returns the nanoseconds it took. Raises WireError."""

@@ -59,13 +59,15 @@ class Plan:
 
     slots [T, K] int32: global slots, -1 for a row that is padding. local_slots [T, K] int32: those of local_shard in
     its own numbering, -1 for all others. position [S, max_tokens] int32: the row of a token in a shard's message, -1
-    for none; always -1 for local_shard. counts [S] int32: rows of each message.
+    for none; always -1 for local_shard. counts [S] int32: rows of each message. sent [S, 2] int64: rows and messages to
+    each shard, added up until somebody sets them to zero.
     """
 
     slots: torch.Tensor
     local_slots: torch.Tensor
     position: torch.Tensor
     counts: torch.Tensor
+    sent: torch.Tensor
     local_shard: int = -1
 
     @classmethod
@@ -76,7 +78,9 @@ class Plan:
             return torch.full(shape, -1, dtype=torch.int32, device=device)
 
         pairs = (max_tokens, top_k)
-        return cls(ints(*pairs), ints(*pairs), ints(num_shards, max_tokens), ints(num_shards).zero_(), local_shard)
+        sent = torch.zeros(num_shards, 2, dtype=torch.int64, device=device)
+        counts = ints(num_shards).zero_()
+        return cls(ints(*pairs), ints(*pairs), ints(num_shards, max_tokens), counts, sent, local_shard)
 
 
 def supports(message: MessageShape, num_shards: int, num_layers: int) -> tuple[bool, str]:
@@ -104,11 +108,11 @@ def plan_dispatch(
     pad_k, pad_s = triton.next_power_of_2(top_k), triton.next_power_of_2(num_shards)
     block = max(PLAN_PAIRS // pad_k, 1)
     plan_kernel[(triton.cdiv(num_rows, block),)](
-        topk_ids, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.position, plan.counts, load,
-        words, num_rows, first_token, layer_pos, num_layers, num_experts, tables.slots_per_shard, plan.local_shard,
-        position_stride, TOP_K=top_k, PAD_K=pad_k, REPLICAS=replicas, SHARDS=num_shards, PAD_S=pad_s, BLOCK_T=block,
-        WINDOW=max(WINDOW, block), SCAN=_scan(num_rows, pad_s), SEQ=layout.SEQ, NUM_TOKENS=layout.NUM_TOKENS,
-        NUM_DECODE=layout.NUM_DECODE, PLANNED=layout.PLANNED, num_warps=4,
+        topk_ids, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.position, plan.counts,
+        plan.sent, load, words, num_rows, first_token, layer_pos, num_layers, num_experts, tables.slots_per_shard,
+        plan.local_shard, position_stride, TOP_K=top_k, PAD_K=pad_k, REPLICAS=replicas, SHARDS=num_shards, PAD_S=pad_s,
+        BLOCK_T=block, WINDOW=max(WINDOW, block), SCAN=_scan(num_rows, pad_s), SEQ=layout.SEQ,
+        NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, PLANNED=layout.PLANNED, num_warps=4,
     )  # fmt: skip
 
 
@@ -144,9 +148,9 @@ def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_add
     num_shards = plan.position.shape[0]
     wait_kernel[(1,)](
         plan.counts, flags, words, host_address, SHARDS=num_shards, PAD_S=triton.next_power_of_2(num_shards),
-        LINE_WORDS=flags.stride(0), PATIENCE=PATIENCE, SLOW=SLOW, SEQ=layout.SEQ, FAILED=layout.FAILED,
-        ABORT=layout.ABORT, FAILED_SEQ=layout.FAILED_SEQ, WAITING_SEQ=layout.WAITING_SEQ, DONE_SEQ=layout.DONE_SEQ,
-        LATE=layout.LATE, num_warps=1,
+        LINE_WORDS=flags.stride(0), PATIENCE=PATIENCE, SLOW=SLOW, SEQ=layout.SEQ, STEP=layout.STEP,
+        FAILED=layout.FAILED, ABORT=layout.ABORT, FAILED_STEP=layout.FAILED_STEP, WAITING_SEQ=layout.WAITING_SEQ,
+        DONE_SEQ=layout.DONE_SEQ, LATE=layout.LATE, num_warps=1,
     )  # fmt: skip
 
 

@@ -23,18 +23,20 @@ LINE = 128
 
 ALIGNMENT = 256
 
-SEQ, NUM_TOKENS, NUM_DECODE, FAILED, PLANNED, SENT = (slot * (LINE // 4) for slot in range(6))
-"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last message's number. NUM_TOKENS, NUM_DECODE:
-real rows of the step, the first of which are decode. FAILED: 1 after a wait was given up. The others count programs."""
+SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, PLANNED, SENT = (slot * (LINE // 4) for slot in range(7))
+"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last message's number. STEP: the step's number,
+from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was given up.
+The others count programs."""
 
 JOB, RETURNED = 0, LINE // 4
 """Places in a shard's words [NUM_WORDS] int32 on its device: jobs begun so far, and a count of programs."""
 
-NUM_WORDS = 6 * (LINE // 4)
+NUM_WORDS = 7 * (LINE // 4)
 
-ABORT, FAILED_SEQ, WAITING_SEQ, DONE_SEQ = (slot * (LINE // 4) for slot in range(4))
+ABORT, FAILED_STEP, WAITING_SEQ, DONE_SEQ = (slot * (LINE // 4) for slot in range(4))
 """Places in a router's words in host memory [ROUTER_WORDS] int32, each in its own line. ABORT: set by hosts, ends its
-waits. FAILED_SEQ, WAITING_SEQ, DONE_SEQ: written by its kernels; a wait that is slow says so, and that it is over."""
+waits. The others are written by its kernels. FAILED_STEP: the step of the first wait that was given up, 0 for none.
+WAITING_SEQ, DONE_SEQ: a wait that is slow says so, and that it is over."""
 
 LATE = 4 * (LINE // 4)
 """From here on one word per shard: 1 if its answer was missing when a wait was given up."""
@@ -91,6 +93,17 @@ class MessageShape:
     @property
     def quantized(self) -> bool:
         return self.dtype.itemsize == 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token in a message."""
+        scales = self.hidden // TOKEN_BLOCK * 4 if self.quantized else 0
+        return self.hidden * self.dtype.itemsize + scales + self.top_k * 8
+
+    @property
+    def partial_row_bytes(self) -> int:
+        """Of what comes back for it."""
+        return self.hidden * self.partial_dtype.itemsize
 
     @property
     def scales_offset(self) -> int:

@@ -56,30 +56,41 @@ def plan_dispatch(
     topk_ids: torch.Tensor, tables: Tables, plan: Plan, load: torch.Tensor, words: torch.Tensor, layer_pos: int,
     first_token: int = 0,
 ) -> None:  # fmt: skip
-    num_rows = len(topk_ids)
-    num_tokens = min(int(words[layout.NUM_TOKENS]) - first_token, num_rows)
+    num_rows, num_shards = len(topk_ids), len(plan.counts)
+    num_layers, num_experts, _ = tables.replicas.shape
+    num_tokens = min(max(int(words[layout.NUM_TOKENS]) - first_token, 0), num_rows)
     num_decode = int(words[layout.NUM_DECODE]) - first_token
-    seen: dict[tuple[int, int], int] = {}
     plan.slots[:num_rows] = plan.local_slots[:num_rows] = plan.position[:, :num_rows] = -1
     plan.counts.zero_()
-    for token in range(num_tokens):
-        for choice, expert in enumerate(topk_ids[token].tolist()):
-            if not 0 <= expert < tables.replicas.shape[1]:
-                continue
-            window = token // WINDOW
-            rank = seen.get((window, expert), window)
-            seen[window, expert] = rank + 1
-            replica = rank % int(tables.num_replicas[layer_pos, expert])
-            slot = int(tables.replicas[layer_pos, expert, replica])
-            shard = slot // tables.slots_per_shard
-            plan.slots[token, choice] = slot
-            if shard == plan.local_shard:
-                plan.local_slots[token, choice] = slot - shard * tables.slots_per_shard
-            elif plan.position[shard, token] < 0:
-                plan.position[shard, token] = plan.counts[shard]
-                plan.counts[shard] += 1
-            load[int(token < num_decode), layer_pos, expert] += 1
     words[layout.SEQ] += 1
+    ids = topk_ids[:num_tokens].long()
+    token, choice = ((ids >= 0) & (ids < num_experts)).nonzero(as_tuple=True)
+    expert, window = ids[token, choice], token // WINDOW
+    rank = window + _rank_among_equals(window * num_experts + expert)
+    slot = tables.replicas[layer_pos, expert, rank % tables.num_replicas[layer_pos, expert]]
+    plan.slots[token, choice] = slot
+    shard = slot // tables.slots_per_shard
+    is_local = shard == plan.local_shard
+    plan.local_slots[token[is_local], choice[is_local]] = slot[is_local] - plan.local_shard * tables.slots_per_shard
+    for one in range(num_shards):
+        if one == plan.local_shard:
+            continue
+        goes = torch.zeros(num_tokens, dtype=torch.bool)
+        goes[token[shard == one]] = True
+        there = goes.nonzero().flatten()
+        plan.position[one, there] = torch.arange(len(there), dtype=torch.int32)
+        plan.counts[one] = len(there)
+    plan.sent.add_(torch.stack([plan.counts, (plan.counts > 0).int()], 1))
+    pair = ((token < num_decode).long() * num_layers + layer_pos) * num_experts + expert
+    load += pair.bincount(minlength=load.numel()).view(load.shape)
+
+
+def _rank_among_equals(keys: torch.Tensor) -> torch.Tensor:
+    """How many of the earlier ones are the same."""
+    order = keys.argsort(stable=True)
+    counts = keys[order].unique_consecutive(return_counts=True)[1]
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.empty_like(keys).scatter_(0, order, torch.arange(len(keys)) - starts)
 
 
 def put_tokens(
@@ -120,7 +131,7 @@ def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_add
         return False
     host[layout.LATE : layout.LATE + num_shards] = is_late.int()
     words[layout.FAILED] = 1
-    host[layout.FAILED_SEQ] = words[layout.SEQ]
+    host[layout.FAILED_STEP] = words[layout.STEP]
     host[layout.DONE_SEQ] = words[layout.SEQ]
     return True
 

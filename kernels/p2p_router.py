@@ -15,8 +15,9 @@ from ep.kernels.quant import quantize_block
 @triton.jit(do_not_specialize=["num_rows", "first_token", "layer_pos", "num_layers", "num_experts", "slots_per_shard",
                                "local_shard", "position_stride"])  # fmt: skip
 def plan_kernel(
-    topk_ids_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, local_slots_ptr, position_ptr, counts_ptr, load_ptr,
-    words_ptr, num_rows, first_token, layer_pos, num_layers, num_experts, slots_per_shard, local_shard, position_stride,
+    topk_ids_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, local_slots_ptr, position_ptr, counts_ptr, sent_ptr,
+    load_ptr, words_ptr, num_rows, first_token, layer_pos, num_layers, num_experts, slots_per_shard, local_shard,
+    position_stride,
     TOP_K: tl.constexpr, PAD_K: tl.constexpr, REPLICAS: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr,
     BLOCK_T: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, SEQ: tl.constexpr, NUM_TOKENS: tl.constexpr,
     NUM_DECODE: tl.constexpr, PLANNED: tl.constexpr,
@@ -70,6 +71,10 @@ def plan_kernel(
             tl.store(entry, tl.where(here != 0, row, -1), mask=mask)
             count += tl.sum(here, 0)
         tl.store(counts_ptr + shard, count, mask=shard < SHARDS)
+        rows = tl.load(sent_ptr + 2 * shard, mask=shard < SHARDS, other=0)
+        tl.store(sent_ptr + 2 * shard, rows + count, mask=shard < SHARDS)
+        messages = tl.load(sent_ptr + 2 * shard + 1, mask=shard < SHARDS, other=0)
+        tl.store(sent_ptr + 2 * shard + 1, messages + (count > 0).to(tl.int64), mask=shard < SHARDS)
         tl.store(words_ptr + SEQ, tl.load(words_ptr + SEQ) + 1)
 
 
@@ -130,8 +135,9 @@ def put_kernel(
 @triton.jit(do_not_specialize=["host_address"])
 def wait_kernel(
     counts_ptr, flags_ptr, words_ptr, host_address, SHARDS: tl.constexpr, PAD_S: tl.constexpr, LINE_WORDS: tl.constexpr,
-    PATIENCE: tl.constexpr, SLOW: tl.constexpr, SEQ: tl.constexpr, FAILED: tl.constexpr, ABORT: tl.constexpr,
-    FAILED_SEQ: tl.constexpr, WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr, LATE: tl.constexpr,
+    PATIENCE: tl.constexpr, SLOW: tl.constexpr, SEQ: tl.constexpr, STEP: tl.constexpr, FAILED: tl.constexpr,
+    ABORT: tl.constexpr, FAILED_STEP: tl.constexpr, WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """One program. It looks at host memory, which is far, once in PATIENCE polls."""
     if tl.load(words_ptr + FAILED) != 0:
@@ -157,7 +163,7 @@ def wait_kernel(
             if polls == SLOW:
                 tl.atomic_xchg(host + WAITING_SEQ, seq, sem="release", scope="sys")
     if is_given_up != 0:
-        tl.atomic_xchg(host + FAILED_SEQ, seq, sem="release", scope="sys")
+        tl.atomic_xchg(host + FAILED_STEP, tl.load(words_ptr + STEP), sem="release", scope="sys")
     if polls >= SLOW:
         tl.atomic_xchg(host + DONE_SEQ, seq, sem="release", scope="sys")
 

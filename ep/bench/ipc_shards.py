@@ -12,12 +12,13 @@ from typing import Protocol
 
 import torch
 
+from ep.compute.base import JobCompute
 from ep.errors import TransportError
-from ep.ipc_server import IpcLimits, IpcServer, IpcStats, JobCompute
+from ep.ipc_server import IpcLimits, IpcServer, IpcStats
 from ep.kernels.p2p import Job
 from ep.kernels.p2p_layout import MessageShape
-from ep.transport.ipc import RouterHandles, ShardHandles
 from ep.transport.ipc_device import GpuDevice
+from ep.transport.ipc_handles import RouterHandles, ShardHandles
 from ep.transport.mailbox import MailboxBlock
 
 START_S = 120.0

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ep.checkpoint import SlotWeights
+
+if TYPE_CHECKING:
+    from ep.kernels.p2p import Job
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,24 @@ class Work:
     out: torch.Tensor
 
 
+class JobCompute(Protocol):
+    """The experts of an ipc server's jobs: rows of the job -> out [C, H], the partials. On a GPU it only launches and
+    may be captured."""
+
+    def __call__(self, job: Job, capacity: int, out: torch.Tensor) -> None: ...
+
+
+class RouterSlots(Protocol):
+    """The slots in a router's own process: hidden [T, H], slot_ids int32 [T, K], -1 for none, weights float32 [T, K] ->
+    partials [T, H] float32, zero for a token without slots. On a GPU it only launches and may be captured."""
+
+    def __call__(
+        self, layer_pos: int, hidden: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
 class ExpertCompute(Protocol):
-    """The slots of every MoE layer of a shard and the code that runs them. For one thread.
+    """The slots of every MoE layer of a shard and the code that runs them. `run` is for one thread.
 
     Made empty, by which it is known to be able to compute the model; `add_slots` for every slot, layer after layer,
     then `finish`, then any number of `run`.
@@ -78,4 +97,13 @@ class ExpertCompute(Protocol):
 
     def run(self, layer_pos: int, works: Sequence[Work]) -> None:
         """Fills `out` of every work before it returns; the works share passes over the weights."""
+        ...
+
+    def for_jobs(self, job_tokens: int, num_shards: int) -> JobCompute:
+        """The same slots for jobs of up to job_tokens rows, beside any other user of them. num_shards: that the experts
+        are split over."""
+        ...
+
+    def for_router(self, max_tokens: int) -> RouterSlots:
+        """The same slots for a router in this process, beside any other user of them."""
         ...

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 
 from ep.checkpoint import SlotWeights
 from ep.compute.base import Work
+from ep.compute.host_experts import HostExperts, HostSlots
 from ep.kernels import cpu_moe, cpu_ops
 from ep.kernels.reference import dequantize_tokens
 from ep.model import ModelSpec
+
+_ops = threading.Lock()
+"""vLLM's C++ ops have scratch memory that is the whole process's."""
 
 
 def choose(spec: ModelSpec, dtype: torch.dtype) -> cpu_moe.Choice:
@@ -63,7 +68,15 @@ class CpuCompute:
 
     def run(self, layer_pos: int, works: Sequence[Work]) -> None:
         experts = self._layers[layer_pos]
-        cpu_moe.moe(experts, [_job(work, experts.dtype) for work in works])
+        jobs = [_job(work, experts.dtype) for work in works]
+        with _ops:
+            cpu_moe.moe(experts, jobs)
+
+    def for_jobs(self, job_tokens: int, num_shards: int) -> HostExperts:
+        return HostExperts(self)
+
+    def for_router(self, max_tokens: int) -> HostSlots:
+        return HostSlots(self)
 
 
 def _scales(weights: SlotWeights) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -9,12 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FailedStep:
-    """The step's requests are to end with `message`; no token was sampled."""
+    """No token of this step counts. again: its requests are to be computed again, for what failed will be mended before
+    the next step; else they are to end with `message`."""
 
     message: str
+    again: bool = False
 
 
 def output_of_all(outputs: Sequence[Any], output_rank: int) -> Any:
-    """The output of a step that several routers computed: the failure of any of them, else output_rank's own."""
-    failed = next((output for output in outputs if isinstance(output, FailedStep)), None)
-    return outputs[output_rank] if failed is None else failed
+    """The output of a step that several routers computed: the failure of any of them, one that ends the requests before
+    others, else output_rank's own."""
+    failed = [output for output in outputs if isinstance(output, FailedStep)]
+    return min(failed, key=lambda output: output.again) if failed else outputs[output_rank]

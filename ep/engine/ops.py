@@ -22,9 +22,10 @@ import torch
 if TYPE_CHECKING:
     from ep.graph_router import GraphRouter
     from ep.group_router import GroupRouter
+    from ep.ipc_router import IpcRouter
     from ep.router import Router
 
-    AnyRouter = Router | GroupRouter | GraphRouter
+    AnyRouter = Router | GroupRouter | GraphRouter | IpcRouter
 
 _library: torch.library.Library | None = None
 _router: AnyRouter | None = None

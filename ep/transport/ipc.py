@@ -18,10 +18,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedError, ShardLostError, TransportError
@@ -30,7 +28,8 @@ from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p_layout import MessageShape
 from ep.placement import Placement
 from ep.transport import mailbox
-from ep.transport.ipc_device import IpcDevice, TensorHandle
+from ep.transport.ipc_device import IpcDevice
+from ep.transport.ipc_handles import Carried, RouterHandles, ShardHandles
 from ep.transport.liveness import ProcessSentinel
 from ep.transport.mailbox import MailboxBlock
 
@@ -40,26 +39,6 @@ WATCH_S = 0.05
 
 IsLost = Callable[[int], str | None]
 """Called with a shard that is awaited: why it will not answer, None if it may."""
-
-
-@dataclass(frozen=True)
-class RouterHandles:
-    """What a shard needs to serve a router. Pickles. box: where partials and flags go (MessageShape.return_bytes)."""
-
-    router_idx: int
-    message: MessageShape
-    num_shards: int
-    box: TensorHandle
-
-
-@dataclass(frozen=True)
-class ShardHandles:
-    """What a router needs to reach a shard. Pickles. inbox: where its messages go (MessageShape.inbox_bytes). pid: of
-    the shard's process."""
-
-    shard_idx: int
-    pid: int
-    inbox: TensorHandle
 
 
 class IpcTransport:
@@ -106,7 +85,7 @@ class IpcTransport:
         place = device.torch_device
         self._mailboxes = torch.tensor(mailboxes, dtype=torch.int64, device=place)
         self._inboxes = torch.zeros(num_shards, dtype=torch.int64, device=place)
-        self._box = torch.zeros(message.return_bytes(num_shards), dtype=torch.uint8, device=place)
+        self._box = device.shared_zeros(message.return_bytes(num_shards))
         self._words = torch.zeros(layout.NUM_WORDS, dtype=torch.int32, device=place)
         self._load = torch.zeros(2, num_layers, placement.num_experts, dtype=torch.int64, device=place)
         self._plan = p2p.Plan.allocate(
@@ -132,7 +111,7 @@ class IpcTransport:
         """Of this GPU's memory, whatever the steps bring. The shards' inboxes are theirs."""
         tensors = (self._box, self._words, self._load, self._mailboxes, self._inboxes, self._tables.replicas,
                    self._tables.num_replicas, self._plan.slots, self._plan.local_slots, self._plan.position,
-                   self._plan.counts)  # fmt: skip
+                   self._plan.counts, self._plan.sent)  # fmt: skip
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -166,10 +145,11 @@ class IpcTransport:
         tables.num_replicas.copy_(torch.from_numpy(lookup.num_replicas.copy()))
         self._block.generations[self.router_idx] = placement.generation
 
-    def begin_step(self, num_tokens: int, num_decode: int) -> None:
-        """The first num_tokens rows of the step's calls are tokens, the first num_decode of them decode."""
-        self._words[layout.NUM_TOKENS : layout.NUM_TOKENS + 1].fill_(num_tokens)
-        self._words[layout.NUM_DECODE : layout.NUM_DECODE + 1].fill_(num_decode)
+    def begin_step(self, num_tokens: int, num_decode: int, step: int = 1) -> None:
+        """The first num_tokens rows of the step's calls are tokens, the first num_decode of them decode. step: its
+        number, from 1 on, for `failed_step`."""
+        for place, value in ((layout.NUM_TOKENS, num_tokens), (layout.NUM_DECODE, num_decode), (layout.STEP, step)):
+            self._words[place : place + 1].fill_(value)
 
     def dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
@@ -204,15 +184,43 @@ class IpcTransport:
     def check(self) -> None:
         """After a step, when the device is done with it: raises what kept it from being whole (ShardLostError,
         ShardFailedError, DeadlineError). Until `reset` nothing is sent any more."""
-        if not self._host[layout.ABORT]:
-            return
+        if self.is_disturbed:
+            raise self.failure()
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether waits are being given up, from the first sign of a failure until `reset`. From any thread."""
+        return bool(self._host[layout.ABORT])
+
+    @property
+    def failed_step(self) -> int:
+        """The first step since `reset` that has given up a wait, 0 for none. From any thread, when the device is done
+        with the steps that are asked for."""
+        return int(self._host[layout.FAILED_STEP])
+
+    def failure(self) -> TransportError:
+        """Why waits are being given up."""
         for shard_idx, (_, code, value) in enumerate(self._block.refusals[self.router_idx].tolist()):
             if code:
-                raise ShardFailedError(shard_idx, _refusal(code, value))
+                return ShardFailedError(shard_idx, _refusal(code, value))
         for error in self._lost.values():
-            raise error
+            return error
+        return next(iter(self._late().values()), DeadlineError(0, self.deadline_s))
+
+    def lost_shards(self) -> dict[int, TransportError]:
+        """Those to `replace` before anything is sent again: whose processes ended, and those that were given up."""
+        lost: dict[int, TransportError] = dict(self._lost)
+        for shard_idx in range(self.num_shards):
+            if shard_idx not in lost and (reason := self._find_loss(shard_idx)) is not None:
+                lost[shard_idx] = ShardLostError(shard_idx, reason)
+        return {**self._late(), **lost}
+
+    def _late(self) -> dict[int, TransportError]:
+        """Shards that did not answer a wait before it was given up, unless some shard refused it."""
+        if self._block.refusals[self.router_idx, :, 1].any():
+            return {}
         late = self._host[layout.LATE : layout.LATE + self.num_shards].nonzero()[0]
-        raise DeadlineError(int(late[0]) if len(late) else 0, self.deadline_s)
+        return {int(shard_idx): DeadlineError(int(shard_idx), self.deadline_s) for shard_idx in late}
 
     def abort(self, shard_idx: int, reason: str) -> None:
         """From any thread: ends the waits of the running step, whose `check` will raise ShardLostError."""
@@ -227,15 +235,15 @@ class IpcTransport:
         self._block.refusals[self.router_idx] = 0
         self._lost.clear()
         self._host[layout.LATE : layout.LATE + self.num_shards] = 0
-        self._host[layout.FAILED_SEQ] = 0
+        self._host[layout.FAILED_STEP] = 0
         self._host[layout.ABORT] = 0
 
-    def take_counts(self) -> npt.NDArray[np.int64]:
-        """int64 [2, L, E]: pairs of each logical expert since the last time, prefill and decode; between steps."""
-        self._device.synchronize()
-        counts = self._load.cpu().numpy().copy()
+    def take_carried(self) -> Carried:
+        """What went out since the last time; between steps."""
+        pairs, sent = self._load.cpu().numpy().copy(), self._plan.sent.cpu().numpy().copy()
         self._load.zero_()
-        return counts
+        self._plan.sent.zero_()
+        return Carried(pairs, sent[:, 0], sent[:, 1])
 
     def close(self) -> None:
         """Gives up what is awaited. No shard may answer any more."""
@@ -264,23 +272,29 @@ class IpcTransport:
 
     def _watch(self) -> None:
         """Sets the abort word for a wait whose shard is lost or late."""
-        seq, since = None, 0.0
-        while not self._closing.wait(WATCH_S):
-            waiting = int(self._host[layout.WAITING_SEQ])
-            if waiting == self._host[layout.DONE_SEQ] or self._host[layout.ABORT]:
-                seq = None
-                continue
-            if waiting != seq:
-                seq, since = waiting, time.monotonic()
-            for shard_idx in range(self.num_shards):
-                reason = self._find_loss(shard_idx)
-                if reason is not None:
-                    log.warning("router %d: shard %d is lost: %s", self.router_idx, shard_idx, reason)
-                    self.abort(shard_idx, reason)
-            if time.monotonic() - since > self.deadline_s:
-                log.warning("router %d: no answer within %g s", self.router_idx, self.deadline_s)
-                self._host[layout.ABORT] = 1
+        try:
+            seq, since = None, 0.0
+            while not self._closing.wait(WATCH_S):
+                waiting = int(self._host[layout.WAITING_SEQ])
+                if waiting == self._host[layout.DONE_SEQ] or self.is_disturbed:
+                    seq = None
+                    continue
+                if waiting != seq:
+                    seq, since = waiting, time.monotonic()
+                self._look(time.monotonic() - since)
+        except BaseException:
+            self._host[layout.ABORT] = 1  # rather than to wait unwatched
+            raise
 
+    def _look(self, waited_s: float) -> None:
+        for shard_idx in range(self.num_shards):
+            reason = self._find_loss(shard_idx)
+            if reason is not None:
+                log.warning("router %d: shard %d is lost: %s", self.router_idx, shard_idx, reason)
+                self.abort(shard_idx, reason)
+        if waited_s > self.deadline_s:
+            log.warning("router %d: no answer within %g s", self.router_idx, self.deadline_s)
+            self._host[layout.ABORT] = 1
 
     def _find_loss(self, shard_idx: int) -> str | None:
         """Why this shard will not answer any more, as far as can be told."""

@@ -18,11 +18,12 @@ Launch = Callable[[], None]
 
 @dataclass(frozen=True)
 class TensorHandle:
-    """A tensor of GPU memory for processes of the same node; pickles. The owner keeps the tensor while it is used."""
+    """A tensor of a device's memory for processes of the same node; pickles. The owner keeps the tensor while it is
+    used. shared: what opens it in another process, a path for host memory."""
 
     pid: int
     address: int
-    shared: SharedTensor | None
+    shared: SharedTensor | str | None
 
 
 class IpcDevice(Protocol):
@@ -35,7 +36,13 @@ class IpcDevice(Protocol):
         """To be called once on a thread that is to launch."""
         ...
 
-    def share(self, tensor: torch.Tensor) -> TensorHandle: ...
+    def shared_zeros(self, num_bytes: int) -> torch.Tensor:
+        """uint8 zeros that may be shared."""
+        ...
+
+    def share(self, tensor: torch.Tensor) -> TensorHandle:
+        """tensor: of `shared_zeros`."""
+        ...
 
     def open(self, handle: TensorHandle) -> torch.Tensor:
         """Memory of another GPU or process as kernels here use it. Raises RuntimeError."""
@@ -60,7 +67,11 @@ class IpcDevice(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Waits for everything that was queued."""
+        """Waits for everything that this thread queued."""
+        ...
+
+    def drain(self) -> None:
+        """Waits for everything that was queued, by whichever thread."""
         ...
 
 
@@ -77,6 +88,9 @@ class GpuDevice:
         if self._stream is not None:
             torch.cuda.set_stream(self._stream)
 
+    def shared_zeros(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
     def share(self, tensor: torch.Tensor) -> TensorHandle:
         _shared_here[tensor.data_ptr()] = tensor
         return TensorHandle(os.getpid(), tensor.data_ptr(), runtime.share(tensor))
@@ -84,7 +98,7 @@ class GpuDevice:
     def open(self, handle: TensorHandle) -> torch.Tensor:
         if handle.pid == os.getpid():  # a process cannot map its own memory a second time
             return _shared_here[handle.address]
-        assert handle.shared is not None
+        assert isinstance(handle.shared, SharedTensor)
         return runtime.open_shared(handle.shared, self.torch_device.index)
 
     def map_host(self, address: int, num_bytes: int) -> int:
@@ -116,6 +130,9 @@ class GpuDevice:
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
 
 _shared_here: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()

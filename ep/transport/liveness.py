@@ -8,19 +8,21 @@ import select
 
 
 class ProcessSentinel:
-    """Of a process that ran when this was made. Never blocks; says nothing where the kernel has no pidfd (Linux 5.3)
-    or the process is in another pid namespace."""
+    """Of a process that ran when this was made; for any threads. Never blocks; says nothing where the kernel has no pidfd
+    (Linux 5.3) or the process is in another pid namespace."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._file = -1
         with contextlib.suppress(OSError):
             self._file = os.pidfd_open(pid)
-            self._poll = select.poll()
-            self._poll.register(self._file, select.POLLIN)
 
     def has_ended(self) -> bool:
-        return self._file >= 0 and bool(self._poll.poll(0))
+        if self._file < 0:
+            return False
+        poll = select.poll()  # one poll object is for one thread at a time
+        poll.register(self._file, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         if self._file >= 0:

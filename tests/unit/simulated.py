@@ -34,6 +34,9 @@ class SimulatedDevice:
     def use(self) -> None:
         """Any thread may launch."""
 
+    def shared_zeros(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
     def share(self, tensor: torch.Tensor) -> TensorHandle:
         self._memory[tensor.data_ptr()] = tensor
         return TensorHandle(os.getpid(), tensor.data_ptr(), None)
@@ -85,6 +88,8 @@ class SimulatedDevice:
             if not self.step():
                 assert time.monotonic() < deadline, "a wait does not end"
                 time.sleep(1e-4)
+
+    drain = synchronize
 
 
 def factors(num_layers: int, num_experts: int) -> torch.Tensor:

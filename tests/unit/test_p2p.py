@@ -20,7 +20,7 @@ INT32_MAX = 2**31 - 1
 
 def assert_same(ours: World, twins: World, num_rows: int) -> None:
     """Everything that a kernel writes; what lies beyond a message's rows was zero and must be."""
-    for name in ("slots", "local_slots", "counts"):
+    for name in ("slots", "local_slots", "counts", "sent"):
         assert torch.equal(getattr(ours.plan, name), getattr(twins.plan, name)), name
     assert torch.equal(ours.plan.position[:, :num_rows], twins.plan.position[:, :num_rows])
     for name in ("load", "inbox", "mailboxes", "box", "shard_words", "done"):
@@ -131,6 +131,7 @@ def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
     world = make_world(3)
     x = torch.randn(4, world.message.hidden).bfloat16()
     ids, weights = torch.arange(12).remainder(8).int().view(4, 3), torch.rand(4, 3)
+    world.words[p2p_layout.STEP] = 7
     run_router(ops, world, x, ids, weights)
     awaited = world.plan.counts > 0
     answered = int(awaited.nonzero()[0])
@@ -138,14 +139,15 @@ def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
     world.host[p2p_layout.ABORT] = 1
     ops.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr())
     assert world.words[p2p_layout.FAILED] == 1
-    assert world.host[p2p_layout.FAILED_SEQ] == 1
+    assert world.host[p2p_layout.FAILED_STEP] == 7
     late = world.host[p2p_layout.LATE : p2p_layout.LATE + 3].bool()
     assert torch.equal(late, awaited & (torch.arange(3) != answered))
     before = world.inbox.clone(), world.mailboxes.clone()
+    world.words[p2p_layout.STEP] = 8
     run_router(ops, world, x + 1, ids, weights)
     ops.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr())
     assert torch.equal(world.inbox, before[0]) and torch.equal(world.mailboxes, before[1])
-    assert world.host[p2p_layout.FAILED_SEQ] == 1
+    assert world.host[p2p_layout.FAILED_STEP] == 7
 
 
 @given(seq=st.integers(-(2**31), INT32_MAX), layer=st.integers(0, 2047), tokens=st.integers(0, 2**20 - 1))

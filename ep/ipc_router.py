@@ -1,0 +1,282 @@
+"""A router whose shards are on its node and reached over ipc: it only launches, so a step may be one captured graph.
+
+    step ─> (dispatch ─> slots of this process meanwhile ─> combine, once per MoE layer) ─> failure
+
+What goes wrong in a step ends its waits and is found when the device is done with it (`failure`); it is mended before
+the next one. Tokens, pairs and messages are counted on the device and taken from there now and then (`take_load`).
+
+Shape legend: T tokens of a call (padding included), H hidden, K top-k, S shards, L MoE layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ep.compute.base import RouterSlots
+from ep.errors import DeadlineError, ShardLostError, TransportError
+from ep.link_stats import LinkStats
+from ep.model import ModelSpec
+from ep.placement import Placement
+from ep.planning.plan import shard_load
+from ep.router import Recovery, StepFailure
+from ep.share import WHOLE, Share
+from ep.transport.ipc import IpcTransport
+from ep.transport.ipc_device import IpcDevice
+
+if TYPE_CHECKING:
+    from ep.assign import Assigner
+    from ep.recorder import LoadRecorder
+
+log = logging.getLogger(__name__)
+ALL_TOKENS = 1 << 30
+"""Rows of calls outside of steps, as vLLM makes them to warm up: none of them is padding."""
+MAX_EPISODES = 16
+MAX_FAILED_IN_ROW = 6
+"""Steps that fail one after the other before their requests are not tried again."""
+MAX_UNDER_WAY = 16
+"""Steps that are launched before the first of them is asked about; of those before, `failure` remembers nothing."""
+
+Replace = Callable[[int, TransportError], None]
+"""Called with a shard that was lost and why. Blocks until the transport reaches its successor, or raises
+TransportError."""
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """Steps first to last were not whole. is_lasting: and what failed is not mended."""
+
+    first: int
+    last: int
+    error: TransportError
+    is_lasting: bool = False
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """began: on time.monotonic's clock; wall: seconds since 1970."""
+
+    began: float
+    wall: float
+    num_tokens: int
+    num_decode: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What was last dispatched: this router's rows. first: which token of the step the first one is; length: rows that
+    combine is to return."""
+
+    layer_pos: int
+    hidden: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    first: int
+    length: int
+
+
+class IpcRouter:
+    """Runs the routed experts of any MoE layer. Steps, dispatch and combine are for one thread.
+
+    open_slots: called once vLLM loads its weights, so that its memory accounting sees slots in this process too; loads
+    those, if there are any, and attaches the transport to all other shards. replace: None makes the loss of a shard an
+    error of every step from then on. share: this router's part of every batch.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        placement: Placement,
+        transport: IpcTransport,
+        device: IpcDevice,
+        open_slots: Callable[[], RouterSlots | None],
+        replace: Replace | None = None,
+        share: Share = WHOLE,
+    ) -> None:
+        self.spec = spec
+        self.share = share
+        self.placement = placement
+        self.recorder: LoadRecorder | None = None
+        self.recoveries: list[Recovery] = []
+        self._transport, self._device = transport, device
+        self._open_slots, self._replace = open_slots, replace
+        self._slots: RouterSlots | None = None
+        self._stats = [LinkStats() for _ in range(transport.num_shards)]
+        self._call: _Call | None = None
+        self._local: torch.Tensor | None = None
+        self._step = 0
+        self._under_way: dict[int, _UnderWay] = {}
+        self._episodes: deque[_Episode] = deque(maxlen=MAX_EPISODES)
+        self._lost: dict[int, TransportError] = {}
+        self._failed_in_row = 0
+        self._lock = threading.Lock()
+        transport.begin_step(ALL_TOKENS, 0)
+
+    def open_slots(self) -> None:
+        """Load the experts of this process and meet the shards."""
+        self._slots = self._open_slots()
+
+    def set_placement(self, placement: Placement, assigner: Assigner | None = None) -> None:
+        """Between steps only, from any thread; waits for those that are under way. Raises PlacementError."""
+        self._device.drain()
+        self.take_load()
+        self._transport.set_placement(placement)
+        self._device.drain()
+        self.placement = placement
+
+    @contextmanager
+    def step(self, num_tokens: int, num_requests: int, num_decode: int | None = None) -> Iterator[int]:
+        """What is dispatched inside belongs to one step, whose number is given: rows past num_tokens are padding.
+
+        num_decode: how many of the first rows are decode tokens; None: all if there is a token per request, else none.
+        Mends first what the steps before have met. Raises the TransportError of a shard that does not come back; with a
+        share of the batch the step goes on, to have that as its `failure`.
+        """
+        error = self._mend()
+        if error is not None and self.share.size == 1:
+            raise error
+        if num_decode is None:
+            num_decode = num_tokens if num_tokens == num_requests else 0
+        if not self._step:
+            self._discard_load()
+        self._step += 1
+        with self._lock:
+            if error is not None:  # the others are in the step already, and wait in its collectives
+                self._episodes.append(_Episode(self._step, self._step, error, is_lasting=True))
+            self._under_way[self._step] = _UnderWay(
+                time.monotonic(), time.time(), num_tokens, num_decode, self.placement.generation
+            )
+            self._under_way.pop(self._step - MAX_UNDER_WAY, None)
+        self._transport.begin_step(num_tokens, num_decode, self._step)
+        yield self._step
+
+    def failure(self, step: int) -> StepFailure | None:
+        """When the device is done with this step: what kept it from being whole. From any thread, once each step."""
+        with self._lock:
+            size = self._under_way.pop(step, None)
+            found = self._episode(step)
+            self._failed_in_row = self._failed_in_row + 1 if found is not None else 0
+            may_try = self._failed_in_row <= MAX_FAILED_IN_ROW
+        if found is not None:
+            is_mended = isinstance(found.error, (ShardLostError, DeadlineError)) and self._replace is not None
+            return StepFailure(found.error, is_mended and not found.is_lasting and may_try)
+        if size is not None and self.recorder is not None:
+            seconds = time.monotonic() - size.began
+            self.recorder.add_step(
+                self._stats, size.wall, seconds, size.num_tokens, size.num_decode, size.generation
+            )
+        return None
+
+    def dispatch(
+        self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> None:
+        """Sends this router's rows of hidden [T, H] to the shards of topk_ids int [T, K], with topk_weights float32
+        [T, K]; launches only."""
+        rows = self.share.rows(len(hidden))
+        self._begin(
+            _Call(
+                layer_pos, hidden[rows], topk_ids[rows].int(), topk_weights[rows].float(), rows.start,
+                self.share.length(len(hidden)),
+            )
+        )  # fmt: skip
+
+    def combine(self, layer_pos: int) -> torch.Tensor:
+        """The routed sum of this router's rows, bf16, padded to the longest share; launches only. Rows that are padding
+        mean nothing, and neither does any row of a step with a `failure`."""
+        call = self._call
+        assert call is not None and call.layer_pos == layer_pos, "combine follows the dispatch of the same layer"
+        parts = [self._transport.combine(self._local)]
+        most = self._transport.message.max_tokens
+        for start in range(most, len(call.hidden), most):
+            self._begin(
+                _Call(
+                    layer_pos, call.hidden[start:], call.topk_ids[start:], call.topk_weights[start:],
+                    call.first + start, 0,
+                )
+            )  # fmt: skip
+            parts.append(self._transport.combine(self._local))
+        self._call = self._local = None
+        if missing := call.length - len(call.hidden):
+            parts.append(call.hidden.new_zeros(missing, call.hidden.shape[1]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _begin(self, call: _Call) -> None:
+        """As many of its rows as one message takes."""
+        most = self._transport.message.max_tokens
+        self._call, self._local = call, None
+        hidden, weights = call.hidden[:most], call.topk_weights[:most]
+        self._transport.dispatch(call.layer_pos, hidden, call.topk_ids[:most], weights, call.first)
+        if self._slots is not None:
+            self._local = self._slots(call.layer_pos, hidden, self._transport.local_slots, weights)
+
+    def take_load(self) -> None:
+        """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
+        any thread."""
+        self._device.drain()
+        carried = self._transport.take_carried()
+        self._device.drain()
+        pairs = shard_load(self.placement, carried.pairs.sum(0)).sum(0)
+        for link, num_pairs, rows, messages in zip(
+            self._stats, pairs.round().tolist(), carried.rows.tolist(), carried.messages.tolist(), strict=True
+        ):
+            link.pairs += int(num_pairs)
+            link.tokens += rows
+            link.requests += messages
+            link.bytes_out += rows * self._transport.message.row_bytes
+            link.bytes_in += rows * self._transport.message.partial_row_bytes
+        if self.recorder is not None:
+            self.recorder.add_counts(carried.pairs, self._stats)
+
+    def stats(self) -> list[LinkStats]:
+        """By shard, as of the last `take_load`. Round trips are not timed: no host takes part in them."""
+        return self._stats
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _episode(self, step: int) -> _Episode | None:
+        """In which this step failed."""
+        known = [one for one in self._episodes if one.first <= step <= one.last]
+        first = self._transport.failed_step
+        if 0 < first <= step:
+            known.append(_Episode(first, step, self._transport.failure()))
+        return max(known, key=lambda one: one.is_lasting, default=None)
+
+    def _discard_load(self) -> None:
+        """What calls outside of steps counted."""
+        self._device.drain()
+        self._transport.take_carried()
+
+    def _mend(self) -> TransportError | None:
+        """What could not be mended."""
+        transport = self._transport
+        if not (transport.is_disturbed or self._lost or transport.lost_shards()):
+            return None
+        self._device.synchronize()  # the waits of steps under way end at once, or soon by the watchdog
+        self._lost = {**transport.lost_shards(), **self._lost}
+        with self._lock:
+            if first := transport.failed_step:
+                self._episodes.append(_Episode(first, self._step, transport.failure()))
+            transport.reset()
+        for shard_idx, error in list(self._lost.items()):
+            start = time.monotonic()
+            try:
+                if self._replace is None:
+                    raise error
+                self._replace(shard_idx, error)
+            except TransportError as lasting:
+                transport.abort(shard_idx, str(error))  # nothing waits for it meanwhile
+                return lasting
+            del self._lost[shard_idx]
+            self.recoveries.append(Recovery(shard_idx, None, time.monotonic() - start, str(error)))
+            log.info("shard %d: back after %.1f s", shard_idx, time.monotonic() - start)
+        return None

@@ -1,0 +1,42 @@
+"""What routers and shards of one node must agree on before they meet over ipc."""
+
+from __future__ import annotations
+
+import torch
+
+from ep.ipc_options import IpcOptions
+from ep.ipc_server import IpcLimits
+from ep.kernels.p2p_layout import MessageShape
+from ep.model import ModelSpec
+from ep.transport.host_device import HostDevice
+from ep.transport.ipc_device import GpuDevice, IpcDevice
+
+MESSAGE_TOKENS = 2048
+"""Tokens of one message at most: larger batches go out in parts, and the buffers of every pair are sized for these."""
+HOST_NAP_S = 1e-4
+"""An idle shard on a CPU leaves its core to the others, which a shard beside a GPU need not."""
+
+
+def message_shape(spec: ModelSpec, options: IpcOptions, device: torch.device) -> MessageShape:
+    """fp8 is the flavour of e4m3 that the device multiplies, bf16 where it multiplies none."""
+    rows = torch.bfloat16
+    if options.dispatch_dtype == "fp8":
+        rows = torch.float8_e4m3fn
+        if device.type == "cuda":
+            from ep.kernels.devices import current_device
+
+            rows = current_device(device.index).fp8_dtype or torch.bfloat16
+    partials = torch.float32 if options.combine_dtype == "f32" else torch.bfloat16
+    return MessageShape(MESSAGE_TOKENS, spec.hidden_size, spec.top_k, rows, partials)
+
+
+def open_device(device: torch.device, own_stream: bool = False) -> IpcDevice:
+    """own_stream: beside what else this process launches there."""
+    return HostDevice() if device.type == "cpu" else GpuDevice(device.index, own_stream)
+
+
+def limits(device: torch.device) -> IpcLimits:
+    """Of a shard that computes there."""
+    if device.type == "cpu":
+        return IpcLimits(job_tokens=2 * MESSAGE_TOKENS, graph_tokens=0, nap_s=HOST_NAP_S)
+    return IpcLimits(job_tokens=2 * MESSAGE_TOKENS)

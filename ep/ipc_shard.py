@@ -1,0 +1,54 @@
+"""A shard's slots for the routers of its node: the ipc server beside the shard's sockets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ep.ipc_options import IpcOptions
+from ep.ipc_server import IpcServer
+from ep.ipc_setup import limits, message_shape, open_device
+from ep.shard import Shard
+from ep.transport.ipc_handles import RouterHandles, ShardHandles
+from ep.transport.mailbox import MailboxBlock
+
+
+class IpcShard:
+    """Serves from when it is made, on a thread and, on a GPU, a stream of its own. Raises OptionError for what the
+    kernels do not support, TransportError for mailboxes of other dimensions."""
+
+    def __init__(self, shard: Shard, options: IpcOptions, device: torch.device) -> None:
+        placement, bounds = shard.placement, limits(device)
+        self._block = MailboxBlock.open(options.block, options.num_routers, placement.num_shards)
+        self._server = IpcServer(
+            open_device(device, own_stream=True),
+            self._block,
+            shard.shard_idx,
+            message_shape(shard.spec, options, device),
+            placement.num_moe_layers,
+            shard.compute.for_jobs(bounds.job_tokens, placement.num_shards),
+            lambda: shard.served,
+            bounds,
+        )
+        self._server.start()
+
+    def attach(self, handles: RouterHandles) -> ShardHandles:
+        """From now on this router is served. Raises TransportError, RuntimeError (IpcServer.attach)."""
+        return self._server.attach(handles)
+
+    def status(self) -> dict[str, Any]:
+        """In the words of ShardStats. buffer_bytes: of the device's memory, the routers' inboxes included."""
+        stats = self._server.stats
+        return {
+            "requests": stats.messages,
+            "tokens": stats.tokens,
+            "coalesced": stats.joined,
+            "failed": stats.refused,
+            "ipc_buffer_bytes": self._server.buffer_bytes,
+        }
+
+    def close(self) -> None:
+        """Jobs that are launched end first."""
+        self._server.stop()
+        self._block.close()
