@@ -19,7 +19,7 @@ else
 	@$(BIN)/python -m pytest -m "not long" tests/serving tests/gpu
 endif
 
-# Further servers: several routers, weights that are made, and whatever else would take `make test` past its time.
+# Further servers, which would take `make test` past its time.
 test-long: setup
 	@$(BIN)/python -m pytest -m long tests/serving
 

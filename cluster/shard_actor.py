@@ -87,7 +87,7 @@ class ShardActor:
         if self._setup.ipc is not None:
             from ep.ipc_shard import IpcShard
 
-            self._ipc = IpcShard(self._shard, self._setup.ipc, choose_device())
+            self._ipc = IpcShard(self._shard, self._setup.ipc, choose_device(), _end_process)
         node_id = ray.get_runtime_context().get_node_id()
         self._mover = Mover(self._shard, Checkpoint(self._setup.checkpoint), self._setup.key, node_id)
         return self._shard.listen(
@@ -146,3 +146,10 @@ class ShardActor:
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)
+
+
+def _end_process() -> None:
+    """For who watches it to start another: a shard that cannot serve any more is worse than none."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

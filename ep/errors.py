@@ -99,7 +99,8 @@ class DeadlineError(TransportError):
     """A shard did not answer before the deadline."""
 
     def __init__(self, shard_idx: int, seconds: float) -> None:
-        super().__init__(f"shard {shard_idx}: no answer within {seconds:g} s")
+        self.reason = f"no answer within {seconds:g} s"
+        super().__init__(f"shard {shard_idx}: {self.reason}")
         self.shard_idx = shard_idx
         self.seconds = seconds
 

@@ -60,15 +60,22 @@ class _Episode:
     is_lasting: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _UnderWay:
-    """began: on time.monotonic's clock; wall: seconds since 1970."""
+    """A step. began: on time.monotonic's clock; wall: seconds since 1970. rows: of its batch, that are this router's; a
+    captured step does not say, and its padding counts as none."""
 
     began: float
     wall: float
     num_tokens: int
     num_decode: int
     generation: int
+    rows: slice
+
+    def counted(self) -> tuple[int, int]:
+        """This router's tokens, and how many of them are decode."""
+        mine = range(self.num_tokens)[self.rows]
+        return len(mine), len(range(min(mine.start, self.num_decode), min(mine.stop, self.num_decode)))
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class IpcRouter:
         self._call: _Call | None = None
         self._local: torch.Tensor | None = None
         self._step = 0
+        self._now: _UnderWay | None = None
         self._under_way: dict[int, _UnderWay] = {}
         self._episodes: deque[_Episode] = deque(maxlen=MAX_EPISODES)
         self._lost: dict[int, TransportError] = {}
@@ -149,15 +157,19 @@ class IpcRouter:
         if not self._step:
             self._discard_load()
         self._step += 1
+        rows, generation = self.share.rows(num_tokens), self.placement.generation
+        now = _UnderWay(time.monotonic(), time.time(), num_tokens, num_decode, generation, rows)
         with self._lock:
             if error is not None:  # the others are in the step already, and wait in its collectives
                 self._episodes.append(_Episode(self._step, self._step, error, is_lasting=True))
-            self._under_way[self._step] = _UnderWay(
-                time.monotonic(), time.time(), num_tokens, num_decode, self.placement.generation
-            )
+            self._under_way[self._step] = now
             self._under_way.pop(self._step - MAX_UNDER_WAY, None)
         self._transport.begin_step(num_tokens, num_decode, self._step)
-        yield self._step
+        self._now = now
+        try:
+            yield self._step
+        finally:
+            self._now = None
 
     def failure(self, step: int) -> StepFailure | None:
         """When the device is done with this step: what kept it from being whole. From any thread, once each step."""
@@ -171,9 +183,7 @@ class IpcRouter:
             return StepFailure(found.error, is_mended and not found.is_lasting and may_try)
         if size is not None and self.recorder is not None:
             seconds = time.monotonic() - size.began
-            self.recorder.add_step(
-                self._stats, size.wall, seconds, size.num_tokens, size.num_decode, size.generation
-            )
+            self.recorder.add_step(self._stats, size.wall, seconds, *size.counted(), size.generation)
         return None
 
     def dispatch(
@@ -182,6 +192,8 @@ class IpcRouter:
         """Sends this router's rows of hidden [T, H] to the shards of topk_ids int [T, K], with topk_weights float32
         [T, K]; launches only."""
         rows = self.share.rows(len(hidden))
+        if self._now is not None:
+            self._now.rows = rows
         self._begin(
             _Call(
                 layer_pos, hidden[rows], topk_ids[rows].int(), topk_weights[rows].float(), rows.start,
@@ -274,7 +286,8 @@ class IpcRouter:
                     raise error
                 self._replace(shard_idx, error)
             except TransportError as lasting:
-                transport.abort(shard_idx, str(error))  # nothing waits for it meanwhile
+                # Nothing is to wait for it meanwhile.
+                transport.abort(shard_idx, getattr(error, "reason", None) or str(error))
                 return lasting
             del self._lost[shard_idx]
             self.recoveries.append(Recovery(shard_idx, None, time.monotonic() - start, str(error)))

@@ -79,7 +79,8 @@ class _Peer:
 class IpcServer:
     """Serves any number of routers, up to the block's. message: what every router must send.
 
-    num_layers: MoE layers; generations: which placements are served, read for every message.
+    num_layers: MoE layers; generations: which placements are served, read for every message. on_failure: called by the
+    serving thread when it ends by an error, which `error` then is.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class IpcServer:
         compute: JobCompute,
         generations: Callable[[], Container[int]],
         limits: IpcLimits | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         supported, reason = p2p.supports(message, block.num_shards, num_layers)
         if not supported:
@@ -102,6 +104,7 @@ class IpcServer:
         self._message, self._num_layers = message, num_layers
         self._compute, self._generations = compute, generations
         self._limits = limits or IpcLimits()
+        self._on_failure = on_failure
         place, capacity = device.torch_device, self._limits.job_tokens
         self._job = Job.allocate(message, capacity, place)
         self._partials = torch.zeros(capacity, message.hidden, dtype=message.partial_dtype, device=place)
@@ -188,6 +191,10 @@ class IpcServer:
         return found
 
     def _serve(self, ready: threading.Event) -> None:
+        with torch.inference_mode():
+            self._serve_until_stopped(ready)
+
+    def _serve_until_stopped(self, ready: threading.Event) -> None:
         try:
             self._device.use()
             self.capture()
@@ -206,6 +213,8 @@ class IpcServer:
             self.error = error
             for peer in self._peers.values():
                 self._refuse(peer, 0, mailbox.BROKEN, 0)
+            if ready.is_set() and self._on_failure is not None:
+                self._on_failure()
         finally:
             ready.set()
             while self._commands:

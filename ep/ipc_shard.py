@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from ep.transport.mailbox import MailboxBlock
 
 
 class IpcShard:
-    """Serves from when it is made, on a thread and, on a GPU, a stream of its own. Raises OptionError for what the
-    kernels do not support, TransportError for mailboxes of other dimensions."""
+    """Serves from when it is made, on a thread and, on a GPU, a stream of its own. on_failure: called when that thread
+    has ended by an error. Raises OptionError for what the kernels do not support, TransportError for mailboxes of other
+    dimensions."""
 
-    def __init__(self, shard: Shard, options: IpcOptions, device: torch.device) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        options: IpcOptions,
+        device: torch.device,
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
         placement, bounds = shard.placement, limits(device)
         self._block = MailboxBlock.open(options.block, options.num_routers, placement.num_shards)
         self._server = IpcServer(
@@ -30,6 +38,7 @@ class IpcShard:
             shard.compute.for_jobs(bounds.job_tokens, placement.num_shards),
             lambda: shard.served,
             bounds,
+            on_failure,
         )
         self._server.start()
 

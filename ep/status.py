@@ -109,7 +109,8 @@ def _link_table(routers: list[dict[str, Any]]) -> Table:
     for router in routers:
         gaps = router.get("recoveries", [])
         for shard_idx, link in enumerate(router.get("links", [])):
-            p50, p99 = np.percentile(link["round_trips_us"] or [0.0], [50, 99])
+            timed = link["round_trips_us"]
+            p50, p99 = (f"{us:.0f} µs" for us in np.percentile(timed, [50, 99])) if timed else ("-", "-")
             table.add_row(
                 str(router["rank"]),
                 router["phase"],
@@ -120,8 +121,8 @@ def _link_table(routers: list[dict[str, Any]]) -> Table:
                 str(link["tokens"]),
                 _bytes(link["bytes_out"]),
                 _bytes(link["bytes_in"]),
-                f"{p50:.0f} µs",
-                f"{p99:.0f} µs",
+                p50,
+                p99,
                 ", ".join(f"{gap['seconds']:.1f} s" for gap in gaps if gap["shard_idx"] == shard_idx) or "0",
             )
         if not router.get("links"):

@@ -124,7 +124,8 @@ def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_add
     host = at_address(host_address, (layout.router_words(num_shards),), torch.int32)
     is_late = (plan.counts > 0) & (flags[:, 0] - words[layout.SEQ] < 0)
     if not is_late.any():
-        host[layout.DONE_SEQ] = words[layout.SEQ]
+        if host[layout.WAITING_SEQ] == words[layout.SEQ]:
+            host[layout.DONE_SEQ] = words[layout.SEQ]
         return True
     host[layout.WAITING_SEQ] = words[layout.SEQ]
     if not host[layout.ABORT]:

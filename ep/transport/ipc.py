@@ -102,6 +102,7 @@ class IpcTransport:
         self.begin_step(message.max_tokens, 0)
         self.set_placement(placement)
         device.synchronize()
+        self._mending = threading.Lock()
         self._closing = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="ep-ipc-watchdog", daemon=True)
         self._watchdog.start()
@@ -201,6 +202,8 @@ class IpcTransport:
     def failure(self) -> TransportError:
         """Why waits are being given up."""
         for shard_idx, (_, code, value) in enumerate(self._block.refusals[self.router_idx].tolist()):
+            if code == mailbox.BROKEN:
+                return _broken(shard_idx)
             if code:
                 return ShardFailedError(shard_idx, _refusal(code, value))
         for error in self._lost.values():
@@ -209,7 +212,8 @@ class IpcTransport:
 
     def lost_shards(self) -> dict[int, TransportError]:
         """Those to `replace` before anything is sent again: whose processes ended, and those that were given up."""
-        lost: dict[int, TransportError] = dict(self._lost)
+        broken = (self._block.refusals[self.router_idx, :, 1] == mailbox.BROKEN).nonzero()[0].tolist()
+        lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken} | self._lost
         for shard_idx in range(self.num_shards):
             if shard_idx not in lost and (reason := self._find_loss(shard_idx)) is not None:
                 lost[shard_idx] = ShardLostError(shard_idx, reason)
@@ -232,11 +236,12 @@ class IpcTransport:
         self._device.synchronize()
         self._words[layout.FAILED : layout.FAILED + 1].zero_()
         self._device.synchronize()
-        self._block.refusals[self.router_idx] = 0
-        self._lost.clear()
-        self._host[layout.LATE : layout.LATE + self.num_shards] = 0
-        self._host[layout.FAILED_STEP] = 0
-        self._host[layout.ABORT] = 0
+        with self._mending:
+            self._block.refusals[self.router_idx] = 0
+            self._lost.clear()
+            self._host[layout.LATE : layout.LATE + self.num_shards] = 0
+            self._host[layout.FAILED_STEP] = 0
+            self._host[layout.ABORT] = 0
 
     def take_carried(self) -> Carried:
         """What went out since the last time; between steps."""
@@ -275,13 +280,14 @@ class IpcTransport:
         try:
             seq, since = None, 0.0
             while not self._closing.wait(WATCH_S):
-                waiting = int(self._host[layout.WAITING_SEQ])
-                if waiting == self._host[layout.DONE_SEQ] or self.is_disturbed:
-                    seq = None
-                    continue
-                if waiting != seq:
-                    seq, since = waiting, time.monotonic()
-                self._look(time.monotonic() - since)
+                with self._mending:
+                    waiting = int(self._host[layout.WAITING_SEQ])
+                    if waiting == self._host[layout.DONE_SEQ] or self.is_disturbed:
+                        seq = None
+                        continue
+                    if waiting != seq:
+                        seq, since = waiting, time.monotonic()
+                    self._look(time.monotonic() - since)
         except BaseException:
             self._host[layout.ABORT] = 1  # rather than to wait unwatched
             raise
@@ -317,4 +323,8 @@ def _refusal(code: int, value: int) -> str:
         return f"it does not serve placement generation {value}"
     if code == mailbox.OUT_OF_RANGE:
         return f"a message is for MoE layer {value} or longer than agreed"
-    return "its serving thread failed; its log says why"
+    raise AssertionError(code)
+
+
+def _broken(shard_idx: int) -> ShardLostError:
+    return ShardLostError(shard_idx, "its serving thread failed; its log says why")

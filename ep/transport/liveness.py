@@ -8,8 +8,8 @@ import select
 
 
 class ProcessSentinel:
-    """Of a process that ran when this was made; for any threads. Never blocks; says nothing where the kernel has no pidfd
-    (Linux 5.3) or the process is in another pid namespace."""
+    """Of a process that ran when this was made; for any threads. Never blocks; says nothing where the kernel has no
+    pidfd (Linux 5.3) or the process is in another pid namespace."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

@@ -317,8 +317,9 @@ def test_a_serving_thread_that_fails_tells_its_routers(block: MailboxBlock) -> N
     server.start()
     Tokens.random(4).send(router, 0)
     rig.devices[0].synchronize()
-    with pytest.raises(ShardFailedError, match="its serving thread failed"):
+    with pytest.raises(ShardLostError, match="its serving thread failed"):
         router.check()
+    assert list(router.lost_shards()) == [0]
     server.stop()
     assert isinstance(server.error, RuntimeError)
     rig.close()

@@ -24,14 +24,17 @@ from tests.unit.shards import expected, random_routing, relative_error
 BF16, FP8 = 0.02, 0.06
 
 
-def check_layer(router: IpcRouter, layer_pos: int, num_tokens: int, seed: int = 0, bound: float = BF16) -> None:
-    """One layer of one batch, against the reference on float64."""
+def check_layer(
+    router: IpcRouter, layer_pos: int, num_tokens: int, seed: int = 0, bound: float = BF16, num_real: int | None = None
+) -> None:
+    """One layer of one batch, against the reference on float64; num_real: rows that are not padding."""
     hidden, ids, weights = random_routing(SPEC, num_tokens, seed)
     hidden = hidden.bfloat16()
     router.dispatch(layer_pos, hidden, ids, weights)
     routed = router.combine(layer_pos)
     rows = router.share.rows(num_tokens)
-    wanted = expected(EXPERTS[layer_pos], hidden, ids, weights)[rows]
+    real = slice(0, num_tokens if num_real is None else num_real)
+    wanted = expected(EXPERTS[layer_pos], hidden, ids, weights)[real][rows]
     assert routed.shape == (router.share.length(num_tokens), SPEC.hidden_size) and routed.dtype == torch.bfloat16
     assert relative_error(routed[: len(wanted)], wanted) < bound
 
@@ -70,14 +73,25 @@ def test_slots_in_the_routers_process_and_rows_that_are_padding() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(num_tokens=st.integers(1, 50), size=st.integers(2, 3))
-def test_shares_of_a_batch_make_the_whole(num_tokens: int, size: int) -> None:
+@given(num_tokens=st.integers(1, 50), padding=st.integers(0, 8), num_decode=st.integers(0, 50), size=st.integers(2, 3))
+def test_shares_of_a_batch_make_the_whole(num_tokens: int, padding: int, num_decode: int, size: int) -> None:
+    num_decode = min(num_decode, num_tokens)
+    windows: list[Window] = []
     with Node(make_options(size)) as node:
         for rank in range(size):
             router = node.router(rank, Share(rank, size))
-            with router.step(num_tokens, 1) as step:
-                check_layer(router, 0, num_tokens)
+            router.recorder = LoadRecorder(SPEC, NUM_SHARDS, rank, on_window=windows.append)
+            router.recorder.before_close = router.take_load
+            with router.step(num_tokens, 1, num_decode) as step:
+                for layer_pos in range(SPEC.num_moe_layers):
+                    check_layer(router, layer_pos, num_tokens + padding, num_real=num_tokens)
             assert router.failure(step) is None
+            router.recorder.flush()
+    assert sum(window.num_decode_tokens for window in windows) == num_decode
+    assert sum(window.num_prefill_tokens for window in windows) == num_tokens - num_decode
+    pairs = SPEC.top_k * SPEC.num_moe_layers
+    assert sum(window.decode.sum() for window in windows) == num_decode * pairs
+    assert sum(window.prefill.sum() for window in windows) == (num_tokens - num_decode) * pairs
 
 
 def test_routers_that_wait_for_nobody() -> None:
