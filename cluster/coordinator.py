@@ -246,7 +246,7 @@ class Coordinator:
                     key=setup.key,
                     fp8=setup.fp8,
                     coming=coming,
-                    ipc=setup.ipc,
+                    ipc=setup.ipc if host == setup.link.node_ip else None,
                 )
             )
         )

@@ -17,15 +17,17 @@ from ep.cluster.recording import Recording
 from ep.cluster.router_actor import RouterSetup
 from ep.compute.base import ExpertCompute
 from ep.compute.choose import keeps_quantized, open_compute
+from ep.far_shards import FarShards
 from ep.graph_router import GraphRouter
-from ep.ipc_router import IpcRouter
-from ep.ipc_setup import MESSAGE_TOKENS, message_shape, open_device
+from ep.ipc_router import Beside, IpcRouter
+from ep.ipc_setup import message_shape, open_device
 from ep.link import NAMESPACE
+from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.router import Router
 from ep.shard import Shard
 from ep.share import Share
-from ep.transport.base import Endpoint, Transport, spec_fingerprint
+from ep.transport.base import Endpoint, spec_fingerprint
 from ep.transport.handshake import Greeting
 from ep.transport.ipc import IpcTransport
 from ep.transport.local import LocalTransport
@@ -38,7 +40,6 @@ MAX_DISPATCH_TOKENS = 2048
 
 if TYPE_CHECKING:
     from ep.cluster.shard_actor import ShardActor
-    from ep.compute.base import RouterSlots
     from ep.errors import TransportError
 
 
@@ -101,41 +102,46 @@ def open_data_plane(
     if setup.ipc is not None:
         return _open_ipc(setup, checkpoint, placement, versions, share, hosted)
     max_tokens = share.length(max_tokens)
-    transport: Transport
-    replace = None
-    endpoints: list[Endpoint] = []
     if setup.transport == "local" and setup.on_gpu:
         return _open_on_gpu(setup, checkpoint, placement, max_tokens, versions, share)
     max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
+    endpoints: list[Endpoint] = []
     if setup.transport == "local":
         indices = range(placement.num_shards)
         shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
         transport = LocalTransport(shards, spec.hidden_size, spec.top_k, max_tokens)
+        router = Router(spec, placement, transport, setup.dispatch_dtype, setup.combine_dtype, setup.deadline_s)
     else:
         membership = _membership(setup)
-        greeting = Greeting(
-            router_id=setup.link.router_name(setup.rank),
-            fingerprint=spec_fingerprint(spec),
-            hidden_size=spec.hidden_size,
-            max_tokens=max_tokens,
-            top_k=spec.top_k,
-        )
-        node_id = ray.get_runtime_context().get_node_id()
         endpoints = membership.endpoints()
-        transport = SocketTransport(endpoints, greeting, setup.key, node_id)
-        replace = membership.replace
-    router = Router(
+        router = _socket_router(setup, spec, placement, membership, max_tokens)
+    recording = Recording.start(setup, spec, placement, endpoints, versions)
+    router.recorder = recording.recorder if recording is not None else None
+    return DataPlane(router, recording, router.describe, router.close)
+
+
+def _socket_router(
+    setup: RouterSetup, spec: ModelSpec, placement: Placement, membership: Membership, max_tokens: int
+) -> Router:
+    """Connected to all shards."""
+    greeting = Greeting(
+        router_id=setup.link.router_name(setup.rank),
+        fingerprint=spec_fingerprint(spec),
+        hidden_size=spec.hidden_size,
+        max_tokens=max_tokens,
+        top_k=spec.top_k,
+    )
+    node_id = ray.get_runtime_context().get_node_id()
+    transport = SocketTransport(membership.endpoints(), greeting, setup.key, node_id)
+    return Router(
         spec,
         placement,
         transport,
         dispatch_dtype=setup.dispatch_dtype,
         combine_dtype=setup.combine_dtype,
         deadline_s=setup.deadline_s,
-        on_shard_lost=replace,
+        on_shard_lost=membership.replace,
     )
-    recording = Recording.start(setup, spec, placement, endpoints, versions)
-    router.recorder = recording.recorder if recording is not None else None
-    return DataPlane(router, recording, transport.describe, router.close)
 
 
 def _membership(setup: RouterSetup) -> Membership:
@@ -152,7 +158,7 @@ def _open_ipc(
     share: Share,
     hosted: ShardActor | None,
 ) -> DataPlane:
-    """All shards on this node, one of them perhaps in this process."""
+    """Shards of this node over ipc, one of them perhaps in this process; those of others over sockets."""
     assert setup.ipc is not None
     spec, local = checkpoint.spec, setup.rank if hosted is not None else None
     place = torch.device("cuda", share.rank) if setup.on_gpu else torch.device("cpu")
@@ -161,23 +167,35 @@ def _open_ipc(
     message = message_shape(spec, setup.ipc, place)
     transport = IpcTransport(device, block, setup.rank, message, placement, local, setup.deadline_s)
     members: list[Membership] = []
+    far: list[FarShards] = []
 
-    def open_slots() -> RouterSlots | None:
+    def open_slots() -> Beside:
         slots = None
         if hosted is not None:
             hosted.load()
-            slots = hosted.compute.for_router(MESSAGE_TOKENS)
+            slots = hosted.compute.for_router(message.max_tokens)
             coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
             ray.get(coordinator.hosted_up.remote(local, hosted.listen()))
-        members.append(_membership(setup))
-        for shard_idx in range(placement.num_shards):
-            if shard_idx != local:
-                transport.replace(shard_idx, members[0].attach(shard_idx, transport.handles))
-        return slots
+        membership = _membership(setup)
+        members.append(membership)
+        node_id = ray.get_runtime_context().get_node_id()
+        elsewhere = [one.shard_idx for one in membership.endpoints() if one.node_id != node_id]
+        for shard_idx in set(range(placement.num_shards)) - {local, *elsewhere}:
+            transport.replace(shard_idx, membership.attach(shard_idx, transport.handles))
+        if elsewhere:
+            transport.leave_out(elsewhere)
+            sockets = _socket_router(setup, spec, router.placement, membership, message.max_tokens)
+            far.append(FarShards(sockets, elsewhere, message.max_tokens, place))
+        return Beside(slots, far[0] if far else None)
 
     def replace(shard_idx: int, error: TransportError) -> None:
         members[0].replace(shard_idx, error)
         transport.replace(shard_idx, members[0].attach(shard_idx, transport.handles))
+
+    def describe(shard_idx: int) -> str:
+        if far and shard_idx in far[0].shards:
+            return far[0].router.describe(shard_idx)
+        return "in process" if shard_idx == local else "ipc"
 
     def close() -> None:
         router.close()
@@ -186,7 +204,7 @@ def _open_ipc(
     router = IpcRouter(spec, placement, transport, device, open_slots, replace, share)
     recording = Recording.start(setup, spec, placement, [], versions)
     router.recorder = recording.recorder if recording is not None else None
-    return DataPlane(router, recording, lambda shard_idx: "in process" if shard_idx == local else "ipc", close)
+    return DataPlane(router, recording, describe, close)
 
 
 def _open_on_gpu(

@@ -94,6 +94,7 @@ class Launch:
         self._group: PlacementGroup | None = None
         self._coordinator: Any = None
         self._routers: list[Any] = []
+        self._hosts: list[str] = []
 
     def start(self, on_wait: Callable[[str], None]) -> None:
         """Reserve the shards' resources, then start coordinator, shards and routers; returns before they have loaded.
@@ -101,7 +102,7 @@ class Launch:
         on_wait is told what is missing while resources are waited for. Raises ClusterError when they do not come.
         """
         options = self.options
-        hosts = [self.session.node_ip] * options.num_hosted
+        hosts = self._hosts = [self.session.node_ip] * options.num_hosted
         if options.num_shard_actors:
             bundle = {"CPU": options.shard_cpus} | ({"GPU": options.shard_gpus} if options.shard_gpus else {})
             hosts += self._reserve(bundle, on_wait)
@@ -136,6 +137,12 @@ class Launch:
             )
         )
         self._routers = [self._start_router(rank, here) for rank in range(options.num_routers)]
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the routers' host has a part in every layer: where they reach some shard over sockets."""
+        is_far = any(host != self.session.node_ip for host in self._hosts)
+        return self.options.transport == "socket" or (self.options.transport == "ipc" and is_far)
 
     def progress(self) -> dict[str, Any]:
         """Coordinator.progress, or nothing while the coordinator itself starts."""
@@ -236,8 +243,6 @@ class Launch:
             options = self.options
             first, *others = live_hosts(self.session.node_id)
             first = first.without({"GPU": options.router_gpus * options.num_routers})
-            if options.ipc is not None:
-                others = []  # memory is shared within a host
             hosts = spread([first, *others], bundle, options.num_shard_actors, options.num_hosts)
             if hosts is not None:
                 # Each bundle keeps to its host: on another one's loss Ray would move it to wherever there is room.

@@ -151,16 +151,17 @@ def _pour_two(shard_load: list[int], holder: list[int], part: list[int]) -> None
 
 
 def split(shard_idx: IntArray, num_shards: int) -> list[ShardWork]:
-    """Shards [T, K] of the chosen slots -> the work of each shard.
+    """Shards [T, K] of the chosen slots, -1 for pairs of nobody here -> the work of each shard.
 
-    Every pair lies in exactly one shard's work, every token at most once in each; a token's slots keep their order.
+    Every other pair lies in exactly one shard's work, every token at most once in each; a token's slots keep their
+    order.
     """
     num_tokens = len(shard_idx)
-    cell = (shard_idx * num_tokens + np.arange(num_tokens)[:, None]).ravel()  # (shard, token) of each pair
-    counts = np.bincount(cell, minlength=num_shards * num_tokens).reshape(num_shards, num_tokens)
+    cell = ((shard_idx + 1) * num_tokens + np.arange(num_tokens)[:, None]).ravel()  # (shard, token) of each pair
+    counts = np.bincount(cell, minlength=(num_shards + 1) * num_tokens).reshape(num_shards + 1, num_tokens)[1:]
     pair_idx = cell.argsort(kind="stable")
     works = []
-    start = 0
+    start = shard_idx.size - int(counts.sum())
     for here, num_pairs in zip(counts, counts.sum(axis=1).tolist(), strict=True):
         token_idx = here.nonzero()[0]
         works.append(ShardWork(token_idx, here[token_idx], pair_idx[start : start + num_pairs]))

@@ -22,7 +22,7 @@ from ep.errors import PlacementError
 from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
-from ep.router import Recovery, StepFailure
+from ep.recovery import Recovery, StepFailure
 from ep.share import WHOLE
 
 if TYPE_CHECKING:

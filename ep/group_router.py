@@ -18,7 +18,8 @@ import torch
 
 from ep.errors import TransportError
 from ep.model import ModelSpec
-from ep.router import Router, StepFailure
+from ep.recovery import StepFailure
+from ep.router import Router
 from ep.share import Share
 
 

@@ -1,6 +1,8 @@
-"""A router whose shards are on its node and reached over ipc: it only launches, so a step may be one captured graph.
+"""A router that reaches the shards of its node over ipc: it only launches, so a step may be one captured graph.
 
     step ─> (dispatch ─> slots of this process meanwhile ─> combine, once per MoE layer) ─> failure
+
+Shards of other nodes, if there are any, are asked over sockets in between (ep/far_shards.py), by the host.
 
 What goes wrong in a step ends its waits and is found when the device is done with it (`failure`); it is mended before
 the next one. Tokens, pairs and messages are counted on the device and taken from there now and then (`take_load`).
@@ -23,11 +25,12 @@ import torch
 
 from ep.compute.base import RouterSlots
 from ep.errors import DeadlineError, ShardLostError, TransportError
+from ep.far_shards import FarShards
 from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.planning.plan import shard_load
-from ep.router import Recovery, StepFailure
+from ep.recovery import Recovery, StepFailure
 from ep.share import WHOLE, Share
 from ep.transport.ipc import IpcTransport
 from ep.transport.ipc_device import IpcDevice
@@ -48,6 +51,14 @@ MAX_UNDER_WAY = 16
 Replace = Callable[[int, TransportError], None]
 """Called with a shard that was lost and why. Blocks until the transport reaches its successor, or raises
 TransportError."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What computes beside the shards of the node. slots: in this process; far: shards of other nodes."""
+
+    slots: RouterSlots | None = None
+    far: FarShards | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,9 @@ class IpcRouter:
     """Runs the routed experts of any MoE layer. Steps, dispatch and combine are for one thread.
 
     open_slots: called once vLLM loads its weights, so that its memory accounting sees slots in this process too; loads
-    those, if there are any, and attaches the transport to all other shards. replace: None makes the loss of a shard an
-    error of every step from then on. share: this router's part of every batch.
+    those, if there are any, attaches the transport to all other shards of the node and returns what is to be used
+    beside it. replace: None makes the loss of a shard an error of every step from then on. share: this router's part of
+    every batch.
     """
 
     def __init__(
@@ -105,7 +117,7 @@ class IpcRouter:
         placement: Placement,
         transport: IpcTransport,
         device: IpcDevice,
-        open_slots: Callable[[], RouterSlots | None],
+        open_slots: Callable[[], Beside],
         replace: Replace | None = None,
         share: Share = WHOLE,
     ) -> None:
@@ -116,7 +128,7 @@ class IpcRouter:
         self.recoveries: list[Recovery] = []
         self._transport, self._device = transport, device
         self._open_slots, self._replace = open_slots, replace
-        self._slots: RouterSlots | None = None
+        self._beside = Beside()
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self._call: _Call | None = None
         self._local: torch.Tensor | None = None
@@ -131,13 +143,20 @@ class IpcRouter:
 
     def open_slots(self) -> None:
         """Load the experts of this process and meet the shards."""
-        self._slots = self._open_slots()
+        self._beside = self._open_slots()
+        far = self._beside.far
+        if far is not None:
+            far.router.recoveries = self.recoveries
+            for shard_idx in far.shards:
+                self._stats[shard_idx] = far.router.stats()[shard_idx]
 
     def set_placement(self, placement: Placement, assigner: Assigner | None = None) -> None:
         """Between steps only, from any thread; waits for those that are under way. Raises PlacementError."""
         self._device.drain()
         self.take_load()
         self._transport.set_placement(placement)
+        if self._beside.far is not None:
+            self._beside.far.set_placement(placement, assigner)
         self._device.drain()
         self.placement = placement
 
@@ -170,6 +189,10 @@ class IpcRouter:
             yield self._step
         finally:
             self._now = None
+            far = self._beside.far
+            if far is not None and (failure := far.take_failure()) is not None:
+                with self._lock:
+                    self._episodes.append(_Episode(self._step, self._step, failure, is_lasting=True))
 
     def failure(self, step: int) -> StepFailure | None:
         """When the device is done with this step: what kept it from being whole. From any thread, once each step."""
@@ -206,7 +229,7 @@ class IpcRouter:
         mean nothing, and neither does any row of a step with a `failure`."""
         call = self._call
         assert call is not None and call.layer_pos == layer_pos, "combine follows the dispatch of the same layer"
-        parts = [self._transport.combine(self._local)]
+        parts = [self._sum()]
         most = self._transport.message.max_tokens
         for start in range(most, len(call.hidden), most):
             self._begin(
@@ -215,7 +238,7 @@ class IpcRouter:
                     call.first + start, 0,
                 )
             )  # fmt: skip
-            parts.append(self._transport.combine(self._local))
+            parts.append(self._sum())
         self._call = self._local = None
         if missing := call.length - len(call.hidden):
             parts.append(call.hidden.new_zeros(missing, call.hidden.shape[1]))
@@ -227,8 +250,19 @@ class IpcRouter:
         self._call, self._local = call, None
         hidden, weights = call.hidden[:most], call.topk_weights[:most]
         self._transport.dispatch(call.layer_pos, hidden, call.topk_ids[:most], weights, call.first)
-        if self._slots is not None:
-            self._local = self._slots(call.layer_pos, hidden, self._transport.local_slots, weights)
+        if self._beside.far is not None:
+            self._beside.far.dispatch(call.layer_pos, hidden, self._transport.slots, weights)
+        if self._beside.slots is not None:
+            self._local = self._beside.slots(call.layer_pos, hidden, self._transport.local_slots, weights)
+
+    def _sum(self) -> torch.Tensor:
+        """Of the rows that went out last."""
+        far, call = self._beside.far, self._call
+        if far is None or call is None:
+            return self._transport.combine(self._local)
+        most = self._transport.message.max_tokens
+        elsewhere = far.combine(call.layer_pos, call.hidden[:most])
+        return (self._transport.combine(self._local, torch.float32) + elsewhere).bfloat16()
 
     def take_load(self) -> None:
         """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
@@ -237,9 +271,12 @@ class IpcRouter:
         carried = self._transport.take_carried()
         self._device.drain()
         pairs = shard_load(self.placement, carried.pairs.sum(0)).sum(0)
-        for link, num_pairs, rows, messages in zip(
-            self._stats, pairs.round().tolist(), carried.rows.tolist(), carried.messages.tolist(), strict=True
+        far = self._beside.far.shards if self._beside.far is not None else ()
+        for shard_idx, (link, num_pairs, rows, messages) in enumerate(
+            zip(self._stats, pairs.round().tolist(), carried.rows.tolist(), carried.messages.tolist(), strict=True)
         ):
+            if shard_idx in far:  # its own router counts it
+                continue
             link.pairs += int(num_pairs)
             link.tokens += rows
             link.requests += messages
@@ -254,6 +291,8 @@ class IpcRouter:
 
     def close(self) -> None:
         self._transport.close()
+        if self._beside.far is not None:
+            self._beside.far.close()
 
     def _episode(self, step: int) -> _Episode | None:
         """In which this step failed."""

@@ -22,6 +22,7 @@ from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.profile_marks import mark_experts
+from ep.recovery import Recovery, StepFailure
 from ep.share import ALL_ROWS, WHOLE
 from ep.transport.base import Endpoint, Partial, Transport
 from ep.transport.buffer import TORCH_DTYPES, RawRows, to_raw
@@ -36,25 +37,6 @@ OnShardLost = Callable[[int, TransportError], Endpoint]
 
 MAX_RECOVERIES = 3
 """Times that one shard may be lost within one layer before the error is the caller's."""
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """A gap: shard_idx was lost and answered again `seconds` after the loss was noticed. layer_pos: of the layer whose
-    work was sent again; None between steps."""
-
-    shard_idx: int
-    layer_pos: int | None
-    seconds: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class StepFailure:
-    """What kept a step from being whole. again: it is mended before the next step, in which the same may be tried."""
-
-    error: TransportError
-    again: bool
 
 
 @dataclass
@@ -194,19 +176,33 @@ class Router:
         if self.recorder is not None:  # counted while the shards compute
             self.recorder.note(layer_pos, topk_ids.numpy(), rows)
 
+    def dispatch_placed(
+        self, layer_pos: int, hidden: torch.Tensor, shards: IntArray, slots: IntArray, topk_weights: torch.Tensor
+    ) -> None:
+        """As `dispatch`, of tokens in host memory whose slots somebody has chosen: shards and slots int32 [T, K], shard
+        -1 for what is none of this router's. At most as many as the transport takes; `combine` gives float32."""
+        self._send_all(layer_pos, hidden, shards, slots, topk_weights, None, torch.float32, hidden.device)
+
     def _dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> None:
         """As many tokens as go out at once; `combine` sends the rest."""
-        if self._call is not None:  # its caller failed in between
-            self._transport.abandon()
         most = self._transport.max_tokens
         rest = (hidden[most:], topk_ids[most:], topk_weights[most:]) if len(hidden) > most else None
         dtype, device = hidden.dtype, hidden.device
         if rest is not None or device.type != "cpu":
             hidden, topk_ids, topk_weights = (t[:most].cpu() for t in (hidden, topk_ids, topk_weights))
         shards, slots = self._assigner.place(layer_pos, topk_ids.numpy())
-        works = split(shards, self._assigner.num_shards)
+        self._send_all(layer_pos, hidden, shards, slots, topk_weights, rest, dtype, device)
+
+    def _send_all(
+        self, layer_pos: int, hidden: torch.Tensor, shards: IntArray, slots: IntArray, topk_weights: torch.Tensor,
+        rest: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        """dtype, device: of what `combine` returns."""
+        if self._call is not None:  # its caller failed in between
+            self._transport.abandon()
+        works = split(shards, self._transport.num_shards)
         scales = None
         rows = hidden
         if self.dispatch_dtype == "fp8":
@@ -261,6 +257,10 @@ class Router:
     def stats(self) -> list[LinkStats]:
         """By shard, since the router was made."""
         return self._stats
+
+    def describe(self, shard_idx: int) -> str:
+        """How this shard is reached, in words."""
+        return self._transport.describe(shard_idx)
 
     def close(self) -> None:
         self._transport.close()

@@ -102,8 +102,6 @@ def serve(options: ServeOptions) -> None:
     placement = first_placement(target.spec, num_shards, options)
     if options.transport == "local" and num_routers > 1:
         raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, another transport")
-    if options.transport == "ipc" and options.nodes not in (None, 1):
-        raise OptionError(f"--transport ipc --nodes {options.nodes}: memory is shared within one host, expected 1")
     if options.share_gpus is not None and options.transport != "ipc":
         raise OptionError(f"--share-gpus: of --transport ipc, not of {options.transport}")
     with terminal.quiet("serve"):
@@ -215,7 +213,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         cpu = server.is_cpu()
         door = (options.host, options.port, options.api_key)
         args = server.parse_flags(vllm_flags(target, *door, options.routers, options.vllm_flags, cpu))
-        if on_gpu and options.transport == "socket":
+        if on_gpu and launch.needs_host:
             server.split_at_experts(args)
         check_supported(args, options.routers, ranks)
         launch.link.export()

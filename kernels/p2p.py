@@ -13,6 +13,7 @@ replicas of an expert at most, N routers of a shard, C capacity of a job.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,9 @@ class Plan:
 
     slots [T, K] int32: global slots, -1 for a row that is padding. local_slots [T, K] int32: those of local_shard in
     its own numbering, -1 for all others. position [S, max_tokens] int32: the row of a token in a shard's message, -1
-    for none; always -1 for local_shard. counts [S] int32: rows of each message. sent [S, 2] int64: rows and messages to
-    each shard, added up until somebody sets them to zero.
+    for none. counts [S] int32: rows of each message. sent [S, 2] int64: rows and messages to each shard, added up until
+    somebody sets them to zero. is_sent [S] int32: 0 for shards that get no messages, local_shard and those that are
+    reached in another way.
     """
 
     slots: torch.Tensor
@@ -68,19 +70,25 @@ class Plan:
     position: torch.Tensor
     counts: torch.Tensor
     sent: torch.Tensor
+    is_sent: torch.Tensor
     local_shard: int = -1
 
     @classmethod
     def allocate(
-        cls, max_tokens: int, top_k: int, num_shards: int, device: torch.device, local_shard: int = -1
-    ) -> Plan:
+        cls, max_tokens: int, top_k: int, num_shards: int, device: torch.device, local_shard: int = -1,
+        far_shards: Sequence[int] = (),
+    ) -> Plan:  # fmt: skip
+        """far_shards: those that are reached in another way."""
+
         def ints(*shape: int) -> torch.Tensor:
             return torch.full(shape, -1, dtype=torch.int32, device=device)
 
         pairs = (max_tokens, top_k)
         sent = torch.zeros(num_shards, 2, dtype=torch.int64, device=device)
         counts = ints(num_shards).zero_()
-        return cls(ints(*pairs), ints(*pairs), ints(num_shards, max_tokens), counts, sent, local_shard)
+        is_sent = [int(shard != local_shard and shard not in far_shards) for shard in range(num_shards)]
+        return cls(ints(*pairs), ints(*pairs), ints(num_shards, max_tokens), counts, sent,
+                   torch.tensor(is_sent, dtype=torch.int32, device=device), local_shard)  # fmt: skip
 
 
 def supports(message: MessageShape, num_shards: int, num_layers: int) -> tuple[bool, str]:
@@ -109,10 +117,11 @@ def plan_dispatch(
     block = max(PLAN_PAIRS // pad_k, 1)
     plan_kernel[(triton.cdiv(num_rows, block),)](
         topk_ids, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.position, plan.counts,
-        plan.sent, load, words, num_rows, first_token, layer_pos, num_layers, num_experts, tables.slots_per_shard,
-        plan.local_shard, position_stride, TOP_K=top_k, PAD_K=pad_k, REPLICAS=replicas, SHARDS=num_shards, PAD_S=pad_s,
-        BLOCK_T=block, WINDOW=max(WINDOW, block), SCAN=_scan(num_rows, pad_s), SEQ=layout.SEQ,
-        NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, PLANNED=layout.PLANNED, num_warps=4,
+        plan.sent, plan.is_sent, load, words, num_rows, first_token, layer_pos, num_layers, num_experts,
+        tables.slots_per_shard, plan.local_shard, position_stride, TOP_K=top_k, PAD_K=pad_k, REPLICAS=replicas,
+        SHARDS=num_shards, PAD_S=pad_s, BLOCK_T=block, WINDOW=max(WINDOW, block), SCAN=_scan(num_rows, pad_s),
+        SEQ=layout.SEQ, NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, PLANNED=layout.PLANNED,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def plan_dispatch(
     is_local = shard == plan.local_shard
     plan.local_slots[token[is_local], choice[is_local]] = slot[is_local] - plan.local_shard * tables.slots_per_shard
     for one in range(num_shards):
-        if one == plan.local_shard:
+        if not plan.is_sent[one]:
             continue
         goes = torch.zeros(num_tokens, dtype=torch.bool)
         goes[token[shard == one]] = True

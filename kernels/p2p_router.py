@@ -16,8 +16,8 @@ from ep.kernels.quant import quantize_block
                                "local_shard", "position_stride"])  # fmt: skip
 def plan_kernel(
     topk_ids_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, local_slots_ptr, position_ptr, counts_ptr, sent_ptr,
-    load_ptr, words_ptr, num_rows, first_token, layer_pos, num_layers, num_experts, slots_per_shard, local_shard,
-    position_stride,
+    is_sent_ptr, load_ptr, words_ptr, num_rows, first_token, layer_pos, num_layers, num_experts, slots_per_shard,
+    local_shard, position_stride,
     TOP_K: tl.constexpr, PAD_K: tl.constexpr, REPLICAS: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr,
     BLOCK_T: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr, SEQ: tl.constexpr, NUM_TOKENS: tl.constexpr,
     NUM_DECODE: tl.constexpr, PLANNED: tl.constexpr,
@@ -56,6 +56,7 @@ def plan_kernel(
     if tl.atomic_add(words_ptr + PLANNED, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(words_ptr + PLANNED, 0)
         shard = tl.arange(0, PAD_S)
+        is_sent = tl.load(is_sent_ptr + shard, mask=shard < SHARDS, other=0)
         count = tl.zeros((PAD_S,), tl.int32)
         for start in range(0, num_rows, SCAN):
             at = start + tl.arange(0, SCAN)
@@ -64,7 +65,7 @@ def plan_kernel(
                 target = tl.load(slots_ptr + at * TOP_K + k, mask=at < num_tokens, other=-1, cache_modifier=".cg")
                 owner = tl.where(target >= 0, target // slots_per_shard, -1)
                 here = here | (owner[:, None] == shard[None, :]).to(tl.int32)
-            here = tl.where((shard != local_shard)[None, :], here, 0)
+            here = here * is_sent[None, :]
             row = tl.cumsum(here, 0) - here + count[None, :]
             mask = (at < num_rows)[:, None] & (shard < SHARDS)[None, :]
             entry = position_ptr + shard[None, :] * position_stride + at[:, None]

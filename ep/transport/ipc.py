@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -129,6 +129,12 @@ class IpcTransport:
         self._opened[shard_idx] = inbox
         self._watch_process(shard_idx, handles.pid)
 
+    def leave_out(self, shards: Collection[int]) -> None:
+        """Before the first dispatch: these are reached in another way and get no messages."""
+        for shard_idx in shards:
+            self._plan.is_sent[shard_idx] = 0
+        self._device.synchronize()
+
     def set_placement(self, placement: Placement) -> None:
         """Between steps. Raises PlacementError for one of other dimensions."""
         tables = self._tables
@@ -170,14 +176,21 @@ class IpcTransport:
                layer_pos, self._tables.slots_per_shard)  # fmt: skip
 
     @property
+    def slots(self) -> torch.Tensor:
+        """int32 [T, K] of the last dispatch: shard * slots per shard + slot, -1 for padding."""
+        return self._plan.slots[: self._rows]
+
+    @property
     def local_slots(self) -> torch.Tensor:
         """int32 [T, K] of the last dispatch: slots of local_shard, -1 for those of others and of padding."""
         return self._plan.local_slots[: self._rows]
 
-    def combine(self, local_partial: torch.Tensor | None = None) -> torch.Tensor:
-        """The routed sum [T, H] bf16 of the last dispatch; rows of padding are zero. local_partial [T, H] float32: of
-        local_shard. Launches only; what a failed step brings is caught by `check`."""
-        out = torch.empty(self._rows, self.message.hidden, dtype=torch.bfloat16, device=self._device.torch_device)
+    def combine(
+        self, local_partial: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        """The routed sum [T, H] (bf16 or float32) of the last dispatch; rows of padding are zero. local_partial [T, H]
+        float32: of local_shard. Launches only; what a failed step brings is caught by `check`."""
+        out = torch.empty(self._rows, self.message.hidden, dtype=dtype, device=self._device.torch_device)
         self._device.launch(p2p.wait_partials, self._plan, self._flags, self._words, self._host_address)
         self._device.launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
         return out

@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 
+from ep.far_shards import FarShards
 from ep.ipc_options import IpcOptions
-from ep.ipc_router import IpcRouter, Replace
+from ep.ipc_router import Beside, IpcRouter, Replace
 from ep.ipc_setup import MESSAGE_TOKENS, message_shape, open_device
 from ep.ipc_shard import IpcShard
 from ep.placement import even_split
+from ep.router import Router
 from ep.share import WHOLE, Share
+from ep.transport.handshake import Greeting
 from ep.transport.ipc import IpcTransport
 from ep.transport.ipc_handles import RouterHandles, ShardHandles
 from ep.transport.mailbox import MailboxBlock
-from tests.unit.shards import make_experts, make_shard, make_spec
+from ep.transport.sockets import SocketTransport
+from tests.unit.shards import KEY, NODE, make_experts, make_shard, make_spec
 
 CPU = torch.device("cpu")
 SPEC = make_spec(hidden_size=128)
@@ -103,10 +107,11 @@ class Node:
         rank: int = 0,
         share: Share = WHOLE,
         hosted: int | None = None,
+        far: int | None = None,
         deadline_s: float = 30.0,
         replace: bool = True,
     ) -> IpcRouter:
-        """hosted: a shard whose slots are in the router's own process as well."""
+        """hosted: a shard whose slots are in the router's own process as well; far: one that it asks over TCP."""
         device, block = open_device(CPU), MailboxBlock.open(self.options.block, self.options.num_routers, NUM_SHARDS)
         message = message_shape(SPEC, self.options, CPU)
         transport = IpcTransport(device, block, rank, message, PLACEMENT, hosted, deadline_s)
@@ -114,13 +119,16 @@ class Node:
         def meet(shard_idx: int) -> None:
             transport.replace(shard_idx, self.shards[shard_idx].attach(transport.handles))
 
-        def open_slots() -> Any:
-            for shard_idx in range(NUM_SHARDS):
-                if shard_idx != hosted:
-                    meet(shard_idx)
-            if hosted is None:
-                return None
-            return make_shard(SPEC, PLACEMENT, hosted, EXPERTS).compute.for_router(MESSAGE_TOKENS)
+        def open_slots() -> Beside:
+            for shard_idx in set(range(NUM_SHARDS)) - {hosted, far}:
+                meet(shard_idx)
+            slots, elsewhere = None, None
+            if hosted is not None:
+                slots = make_shard(SPEC, PLACEMENT, hosted, EXPERTS).compute.for_router(MESSAGE_TOKENS)
+            if far is not None:
+                transport.leave_out([far])
+                elsewhere = FarShards(self._sockets(deadline_s), [far], MESSAGE_TOKENS, CPU)
+            return Beside(slots, elsewhere)
 
         def start_anew(shard_idx: int, _: Exception) -> None:
             self.shards[shard_idx] = self.make(self.options, shard_idx)
@@ -132,3 +140,12 @@ class Node:
         self._stack.callback(block.close)
         self._stack.callback(router.close)
         return router
+
+    def _sockets(self, deadline_s: float) -> Router:
+        """To other incarnations of the shards, by TCP."""
+        self.far_shards = [make_shard(SPEC, PLACEMENT, idx, EXPERTS) for idx in range(NUM_SHARDS)]
+        endpoints = [shard.listen(KEY, NODE, host="127.0.0.1") for shard in self.far_shards]
+        for shard in self.far_shards:
+            self._stack.callback(shard.close)
+        transport = SocketTransport(endpoints, Greeting.of(SPEC, "far", MESSAGE_TOKENS), KEY, "another node")
+        return Router(SPEC, PLACEMENT, transport, deadline_s=deadline_s)

@@ -72,6 +72,29 @@ def test_slots_in_the_routers_process_and_rows_that_are_padding() -> None:
         assert router.stats()[1].tokens == 0 < router.stats()[0].tokens
 
 
+@pytest.mark.parametrize("hosted", [None, 0])
+def test_a_shard_of_another_node_in_the_same_layers(hosted: int | None) -> None:
+    with Node(make_options(1)) as node:
+        router = node.router(hosted=hosted, far=1, deadline_s=2.0)
+        for num_tokens in (1, 9, MESSAGE_TOKENS + 3):
+            run_step(router, num_tokens, 1)
+        router.take_load()
+        near, far = router.stats()
+        assert far.tokens > 0 and sum(far.histogram) == far.requests > 0 == near.requests * (hosted is not None)
+        rows = sum((1, 9, MESSAGE_TOKENS + 3)) * SPEC.num_moe_layers
+        assert near.pairs + far.pairs == rows * SPEC.top_k
+        node.far_shards[1].close()
+        start = time.monotonic()
+        with router.step(5, 1) as step:
+            hidden, ids, weights = random_routing(SPEC, 5)
+            for layer_pos in range(SPEC.num_moe_layers):  # goes on to its end, as other ranks may wait for it
+                router.dispatch(layer_pos, hidden.bfloat16(), ids, weights)
+                assert router.combine(layer_pos).shape == hidden.shape
+        failure = router.failure(step)
+        assert failure is not None and not failure.again and "shard 1" in str(failure.error)
+        assert time.monotonic() - start < 2.0
+
+
 @settings(max_examples=20, deadline=None)
 @given(num_tokens=st.integers(1, 50), padding=st.integers(0, 8), num_decode=st.integers(0, 50), size=st.integers(2, 3))
 def test_shares_of_a_batch_make_the_whole(num_tokens: int, padding: int, num_decode: int, size: int) -> None:

@@ -45,15 +45,16 @@ routers = {
     first=st.integers(0, 4),
     dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.bfloat16]),
     local_shard=st.integers(-1, 4),
+    far=st.sets(st.integers(0, 4), max_size=2),
     first_seq=st.sampled_from([0, 5, INT32_MAX, -1]),
 )
 def test_messages_are_the_twins(
     num_shards: int, top_k: int, num_rows: int, seed: int, num_tokens: int, num_decode: int, first: int,
-    dtype: torch.dtype, local_shard: int, first_seq: int,
+    dtype: torch.dtype, local_shard: int, far: set[int], first_seq: int,
 ) -> None:  # fmt: skip
     world = make_world(
         num_shards, top_k=top_k, dtype=dtype, seed=seed, local_shard=min(local_shard, num_shards - 1),
-        first_seq=first_seq,
+        first_seq=first_seq, far_shards=tuple(far),
     )  # fmt: skip
     world.words[p2p_layout.NUM_TOKENS], world.words[p2p_layout.NUM_DECODE] = num_tokens, num_decode
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +65,7 @@ def test_messages_are_the_twins(
     for ops, each in zip(BOTH, worlds, strict=True):
         run_router(ops, each, x, ids, weights, first)
     assert_same(*worlds, num_rows)
+    assert all(world.plan.counts[shard] == 0 for shard in far if shard < num_shards)
 
 
 @on_cpu
