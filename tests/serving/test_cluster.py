@@ -48,9 +48,11 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cluster")
 
 
-def serving(cluster: HostCluster, num_shards: int, num_nodes: int, logs: Path) -> Iterator[Server]:
-    checkpoint, trace = cached_checkpoint(load_preset(MODEL)), logs / f"{num_nodes}.trace"
-    flags = ("--trace-window", "0.5", "--", "--max-model-len", "512")
+def serving(
+    cluster: HostCluster, num_shards: int, num_nodes: int, logs: Path, transport: str = "socket"
+) -> Iterator[Server]:
+    checkpoint, trace = cached_checkpoint(load_preset(MODEL)), logs / f"{num_nodes}-{transport}.trace"
+    flags = ("--transport", transport, "--trace-window", "0.5", "--", "--max-model-len", "512")
     server = start_server(cluster, MODEL, checkpoint, Spread(num_shards, num_nodes), trace, logs, flags)
     try:
         server.wait_until_ready(START_S)
@@ -61,13 +63,25 @@ def serving(cluster: HostCluster, num_shards: int, num_nodes: int, logs: Path) -
 
 @pytest.fixture(scope="module")
 def one_node_tokens(cluster: HostCluster, logs: Path) -> list[list[int]]:
-    """What one node answers."""
-    for server in serving(cluster, 2, 1, logs):
+    """What one node answers, over memory that router and shards share."""
+    for server in serving(cluster, 2, 1, logs, "ipc"):
         found = greedy_tokens(server.url, MODEL, seed=0, num_prompts=4)
     assert not cluster_status(cluster), "nothing is served any more"
     raylets = [p for p in cluster.processes() if p.name() == "raylet"]
     assert len(raylets) == NUM_HOSTS, "a cluster that was joined stays up"
     return found
+
+
+def test_ipc_on_a_node_and_sockets_between_nodes_in_one_layer(
+    cluster: HostCluster, logs: Path, one_node_tokens: list[list[int]]
+) -> None:
+    for server in serving(cluster, 4, 2, logs, "ipc"):
+        assert greedy_tokens(server.url, MODEL, seed=0, num_prompts=4) == one_node_tokens
+        (instance,) = cluster_status(cluster)
+        links = instance["routers"][0]["links"]
+    hosts = [shard["host"] for shard in instance["shards"]]
+    assert [link["way"].partition(":")[0] for link in links] == ["ipc" if host == hosts[0] else "tcp" for host in hosts]
+    assert len(set(hosts)) == 2 and all(link["requests"] > 0 and link["pairs"] > 0 for link in links)
 
 
 @pytest.fixture(scope="module")
