@@ -5,11 +5,7 @@ Ray itself takes a minute, as it comes, to call a host dead that is cut off.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,12 +16,13 @@ import ray
 from ray._private import state
 from ray.exceptions import RayError
 
+from ep.cluster.host_lines import HostLines, Port
 from ep.cluster.spread import Host
 
 log = logging.getLogger(__name__)
 PERIOD_S, TIMEOUT_S = 1.0, 1.5
-MAX_MISSES = 2
-"""Probes in a row that a host may leave unanswered: it is lost within 5 s."""
+LOST_S = 3.5
+"""A host that has not been heard of for that long, and takes no connection, is lost: within 5 s."""
 
 
 def live_hosts(first: str | None = None) -> list[Host]:
@@ -36,51 +33,17 @@ def live_hosts(first: str | None = None) -> list[Host]:
     return [Host(node["NodeManagerAddress"], node["NodeID"], free.get(node["NodeID"], {})) for node in nodes]
 
 
-def unreachable(ports: Collection[tuple[str, int]], timeout_s: float) -> dict[tuple[str, int], str]:
-    """Those of the (address, port) that take no connection within timeout_s, all asked at once, and why."""
-    poll, waiting, found = select.poll(), {}, {}
-    try:
-        for port in ports:
-            sock = socket.socket(socket.AF_INET6 if ":" in port[0] else socket.AF_INET, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            waiting[sock.fileno()] = (sock, port)
-            code = sock.connect_ex(port)
-            if code in (0, errno.EINPROGRESS):
-                poll.register(sock, select.POLLOUT)
-            else:
-                found[port] = os.strerror(code)
-        answered: set[tuple[str, int]] = set(found)
-        end = time.monotonic() + timeout_s
-        while len(answered) < len(waiting):
-            left = max(end - time.monotonic(), 0.0)
-            events = poll.poll(left * 1e3)  # at least once: this process may have slept through the whole time
-            if not events and not left:
-                break
-            for fd, _ in events:
-                sock, port = waiting[fd]
-                poll.unregister(fd)
-                answered.add(port)
-                if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    found[port] = os.strerror(code)
-        return found | {port: "does not answer" for _, port in waiting.values() if port not in answered}
-    finally:
-        for sock, _ in waiting.values():
-            sock.close()
-
-
 @dataclass
 class _Watched:
-    """misses: probes in a row without an answer. since: when the last answer came. lost: why, "" while it is not;
-    lost_at: when it was called so."""
+    """since: when the host was last heard of. lost: why it is lost, "" while it is not; lost_at: when that was said."""
 
     since: float
-    misses: int = 0
     lost: str = ""
     lost_at: float = 0.0
 
 
 class HostWatch:
-    """Asks every second whether the Ray nodes at these addresses take connections.
+    """Looks every second whether the Ray nodes at these addresses are there.
 
     on_lost is told, from a thread of the watch, when one is lost; it must return soon. A host comes back when it
     answers and Ray counts it as alive.
@@ -89,6 +52,7 @@ class HostWatch:
     def __init__(self, addresses: Collection[str], on_lost: Callable[[str], None]) -> None:
         self._hosts = {address: _Watched(time.time()) for address in addresses}
         self._on_lost = on_lost
+        self._lines = HostLines()
 
     def watch(self, address: str) -> None:
         """This host from now on too."""
@@ -122,21 +86,19 @@ class HostWatch:
             try:
                 ports = {n["NodeManagerAddress"]: n["NodeManagerPort"] for n in ray.nodes() if n["Alive"]}
                 hosts = dict(self._hosts)
-                self._look(hosts, ports, unreachable([(a, ports[a]) for a in hosts if a in ports], TIMEOUT_S))
+                self._look(hosts, ports, self._lines.silent([(a, ports[a]) for a in hosts if a in ports], TIMEOUT_S))
             except (RayError, OSError) as error:  # the head's own trouble, or no descriptor left: look again
                 log.warning("hosts cannot be watched: %s", error)
 
-    def _look(
-        self, hosts: Mapping[str, _Watched], ports: Mapping[str, int], silent: Mapping[tuple[str, int], str]
-    ) -> None:
+    def _look(self, hosts: Mapping[str, _Watched], ports: Mapping[str, int], silent: Mapping[Port, str]) -> None:
         for address, host in hosts.items():
             port = ports.get(address)
             why = "Ray counts it as dead" if port is None else silent.get((address, port), "")
+            if port is not None:
+                host.since = max(host.since, self._lines.heard.get((address, port), 0.0))
             if not why:
-                host.misses, host.lost, host.since = 0, "", time.time()
-                continue
-            host.misses += 1
-            if not host.lost and (port is None or host.misses >= MAX_MISSES):
+                host.lost = ""
+            elif not host.lost and (port is None or time.time() - host.since >= LOST_S):
                 host.lost, host.lost_at = why, time.time()
                 log.warning("host %s is lost: %s", address, why)
                 self._on_lost(address)

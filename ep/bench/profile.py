@@ -26,7 +26,7 @@ from ep.profile_marks import EXPERTS
 PARTS = ("attention", "gate", "dispatch", "experts", "combine", "rest of the model", "between steps")
 _STEP = re.compile(r"^execute_.*context_0\(0\)_generation_(\d+)\(\1\)")
 _ATTENTION = re.compile(r"^vllm::unified_.*(attention|kv_cache_update)")
-_PRODUCT = re.compile(r"linear|gemm|::mm$|::addmm$|::matmul$")
+_PRODUCT = re.compile(r"linear|gemm|(::|_)(mm|addmm|matmul)$")
 _LEAST = 3
 _TOPK, _DISPATCH, _COMBINE = "aten::topk", "ep::dispatch", "ep::combine"
 
@@ -85,7 +85,9 @@ def _parts(events: Sequence[Mapping[str, Any]], step_us: float, period_us: float
         if _ATTENTION.match(name):
             spent["attention"] += length
         elif name == _TOPK:
-            if not gate_end and product is not None:
+            if product is None:
+                raise ValueError("a step's profile shows no matrix product before the first top-k")
+            if not gate_end:
                 gate_start = float(product["ts"])
             gate_end = start + length
         elif name == _DISPATCH:

@@ -17,6 +17,13 @@ LARGEST_GRAPH = 512
 GIB = 1 << 30
 
 
+OF_EP = (
+    "`ep serve` on GPUs with --transport socket, its default: piecewise in place of full, as graphs end before every "
+    "MoE layer's dispatch and combine; whole steps with --transport local, where one GPU holds all experts"
+)
+"""What ep/engine/server.py makes of the rule."""
+
+
 @dataclass(frozen=True)
 class BatchDefaults:
     """What the OpenAI server's engine takes where nothing is given."""
@@ -40,7 +47,7 @@ def current_rule(batch: Batch, max_model_len: int, memory_bytes: float, max_runn
     sizes = capture_sizes(defaults)
     running = max(1, min(batch.num_requests, defaults.max_num_seqs, max_running))
     budget = defaults.max_num_batched_tokens
-    notes = []
+    notes = [OF_EP]
     if running < batch.num_requests:
         notes.append(f"{batch.num_requests - running} of {batch.num_requests} requests wait: {running} run at once")
     return Rule(

@@ -55,7 +55,9 @@ class _Page:
 
     def bullets(self, texts: Iterable[str]) -> None:
         for text in texts:
-            self._console.print(Padding(f"- {text}", (0, 0, 0, 2)), markup=False)
+            item = Table.grid(padding=(0, 1, 0, 0))
+            item.add_row("-", Text(text))
+            self._console.print(Padding(item, (0, 0, 0, 2)))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> None:
         """words: columns that hold words and may wrap; the others are figures."""

@@ -13,10 +13,6 @@ from ep.errors import WireError
 from ep.transport.buffer import Buffer
 from ep.wire import BLOCK_BYTES, Frame, decode
 
-KEEPALIVE = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 3000}
-"""The kernel's heartbeat on idle connections, seconds, and how long sent bytes may stay unacknowledged, milliseconds:
-a partition ends a connection in 3 to 4 s, at no cost to the processes."""
-
 
 class Channel(Protocol):
     """Both ends of both kinds. `take` raises ConnectionError when the peer is gone, WireError for what is no frame."""
@@ -105,14 +101,3 @@ class StreamChannel:
 
     def close(self) -> None:
         self._sock.close()
-
-
-def tune(sock: socket.socket) -> None:
-    """Small frames leave at once, and a dead network is noticed."""
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -12,7 +12,7 @@ from ep.model import ModelSpec
 from ep.transport import shm
 from ep.transport.auth import prove_to_router, prove_to_shard
 from ep.transport.base import spec_fingerprint
-from ep.transport.channel import Channel, StreamChannel, tune
+from ep.transport.channel import Channel, StreamChannel
 from ep.wire import (
     BLOCK_BYTES,
     PROTOCOL,
@@ -61,7 +61,6 @@ class Greeting:
 
 def greet(sock: socket.socket, greeting: Greeting, shard_idx: int, key: bytes, deadline: float) -> Channel:
     """The router's side. Takes the socket. Raises AuthError, WireError, TransportError (refused), OSError."""
-    tune(sock)
     prove_to_shard(sock, key, deadline)
     is_shared = sock.family == socket.AF_UNIX and shm.supports()[0]
     hello = Hello(
@@ -107,7 +106,6 @@ class Admitted:
 
 def admit(sock: socket.socket, identity: Identity, key: bytes, deadline: float) -> Admitted:
     """The shard's side. Takes the socket. Raises AuthError, WireError, OSError."""
-    tune(sock)
     prove_to_router(sock, key, deadline)
     block, fds = _receive_block(sock, deadline)
     try:

@@ -28,6 +28,7 @@ from ep.transport.base import Endpoint
 from ep.transport.buffer import DispatchViews
 from ep.transport.channel import Channel
 from ep.transport.handshake import Admitted, Identity, admit
+from ep.transport.tcp import tune
 from ep.wire import (
     BLOCK_BYTES,
     Chunk,
@@ -217,6 +218,7 @@ class Listener:
             raise OptionError(f"shard address is {host!r}, expected one address of this node")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
+        tune(sock)
         self._sockets.append(sock)
         try:
             sock.bind((host, 0))

@@ -16,6 +16,7 @@ from ep.transport.base import Endpoint, Partial
 from ep.transport.buffer import DispatchViews
 from ep.transport.channel import Channel
 from ep.transport.handshake import Greeting, greet
+from ep.transport.tcp import tune
 from ep.wire import BLOCK_BYTES, Combine, Dispatch, Failure, Frame, Message, Ping, Pong, dispatch_layout, encode
 
 log = logging.getLogger(__name__)
@@ -249,4 +250,6 @@ def unconnected(endpoint: Endpoint, node_id: str) -> tuple[socket.socket, Any]:
     if host is None:
         raise ShardLostError(endpoint.shard_idx, f"listens on node {endpoint.node_id} only, this is node {node_id}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.socket(family, socket.SOCK_STREAM), (host, endpoint.tcp_port)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    tune(sock)
+    return sock, (host, endpoint.tcp_port)

@@ -33,17 +33,21 @@ class Trace:
         self.now += length
 
 
-def step(trace: Trace, us: dict[str, int], num_layers: int, num_requests: int) -> None:
+LINEAR = "_C::weight_packed_linear"
+PRODUCT = st.sampled_from([LINEAR, "_C::onednn_mm", "aten::mm", "aten::addmm", "aten::linear"])
+
+
+def step(trace: Trace, us: dict[str, int], num_layers: int, num_requests: int, product: str = LINEAR) -> None:
     """As a router's profile has it: a dense layer, then MoE layers whose gate is a product and two top-k."""
     start, at = trace.now, len(trace.events)
-    trace.add("_C::weight_packed_linear", us["product"])
+    trace.add(product, us["product"])
     trace.add("vllm::unified_mla_kv_cache_update", us["attention"])
     trace.add("vllm::unified_mla_attention_with_output", us["attention"])
     for _ in range(num_layers):
-        trace.add("_C::weight_packed_linear", us["product"])
-        for name in ("_C::weight_packed_linear", "aten::topk", "aten::topk"):
+        trace.add(product, us["product"])
+        for name in (product, "aten::topk", "aten::topk"):
             trace.add(name, us["gate"])
-        trace.add("_C::weight_packed_linear", us["product"])
+        trace.add(product, us["product"])
         trace.add("ep::dispatch", us["dispatch"])
         trace.add("ep::combine", 3 * us["wait"], f"{EXPERTS}{2 * us['wait'] * 1000}")
     trace.add("aten::argmax", us["product"])
@@ -53,12 +57,16 @@ def step(trace: Trace, us: dict[str, int], num_layers: int, num_requests: int) -
     trace.now += us["between"]
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(NAMES, US)), st.integers(1, 3), st.integers(1, 99), st.integers(4, 9))
-def test_the_parts_are_those_of_a_known_trace(us: dict[str, int], layers: int, batch: int, num_steps: int) -> None:
+@given(
+    st.fixed_dictionaries(dict.fromkeys(NAMES, US)), st.integers(1, 3), st.integers(1, 99), st.integers(4, 9), PRODUCT
+)
+def test_the_parts_are_those_of_a_known_trace(
+    us: dict[str, int], layers: int, batch: int, num_steps: int, product: str
+) -> None:
     trace = Trace()
     step(trace, {name: 7 * us[name] for name in NAMES}, layers, batch + 1)  # of another batch: left out
     for _ in range(num_steps):
-        step(trace, us, layers, batch)
+        step(trace, us, layers, batch, product)
     found = split_steps(trace.events, batch)
     assert found.num_steps == num_steps - 1 and list(found.parts_ms) == list(PARTS)
     assert found.period_ms == pytest.approx(sum(found.parts_ms.values()))
@@ -85,6 +93,14 @@ def test_a_profile_that_lacks_a_part_is_no_zero(missing: str) -> None:
         split_steps(events, 2)
     with pytest.raises(ValueError, match="0 decode steps of 3 requests"):
         split_steps(trace.events, 3)
+
+
+def test_a_product_of_an_unknown_name_is_told() -> None:
+    trace = Trace()
+    for _ in range(4):
+        step(trace, dict.fromkeys(NAMES, 5), 1, 2, "_C::unheard_of")
+    with pytest.raises(ValueError, match="no matrix product"):
+        split_steps(trace.events, 2)
 
 
 def test_a_router_marks_the_experts_in_a_profile_only(tmp_path: Any) -> None:

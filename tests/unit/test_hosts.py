@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -19,7 +20,9 @@ from ep.bench.hosts import relay
 from ep.bench.hosts.link_quality import LinkQuality
 from ep.bench.hosts.network import Network, cannot_make_hosts, sweep
 from ep.bench.hosts.owner import is_left_over, own_name
-from ep.cluster.hosts import unreachable
+from ep.cluster import hosts as watching
+from ep.cluster.host_lines import SILENT_S, HostLines
+from ep.cluster.hosts import LOST_S, HostWatch
 
 PORT = 7000
 ECHO = f"""
@@ -74,26 +77,68 @@ def seconds(address: str, num_bytes: int) -> float:
     return sorted(found)[2]
 
 
-def test_a_slow_link_is_slow_and_a_cut_one_is_silent(network: Network) -> None:
+def test_a_slow_link_is_slow(network: Network) -> None:
     near, far = network.addresses
     assert seconds(near, 64) < 0.02 and 0.04 <= seconds(far, 64) < 0.2
     assert seconds(far, 125_000) > 2 * 0.02, "125 kB at 50 Mbit/s take 20 ms each way"
-    assert unreachable([(near, PORT), (far, PORT)], 2.0) == {}
-    assert unreachable([(near, PORT + 1)], 2.0) == {(near, PORT + 1): "Connection refused"}
+
+
+def test_a_cut_host_falls_silent(network: Network) -> None:
+    near, far = ((address, PORT) for address in network.addresses)
+    lines = HostLines()
+    assert lines.silent([near, far], 2.0) == {}
+    opened = lines.heard[far]
+    time.sleep(SILENT_S + 0.3)
+    assert lines.silent([near, far], 0.0) == {}, "nothing was said, but the heartbeat was answered"
+    assert lines.heard[far] > opened
     network.cut(1)
     start = time.monotonic()
-    assert unreachable([(near, PORT), (far, PORT)], 0.5) == {(far, PORT): "does not answer"}
-    assert time.monotonic() - start < 1.0
+    while not (silent := lines.silent([near, far], 0.5)):
+        assert time.monotonic() - start < SILENT_S + 2.0
+        time.sleep(0.1)
+    assert silent == {far: "does not answer"}
+    assert lines.silent([near, far], 0.5) == {far: "does not answer"}
+    assert time.time() - lines.heard[far] > SILENT_S > time.time() - lines.heard[near]
     network.mend(1)
-    assert unreachable([(far, PORT)], 3.0) == {}
+    assert lines.silent([near, far], 3.0) == {}
+    lines.close()
 
 
 def test_who_answers_in_time_is_not_lost_to_one_who_asks_late() -> None:
+    lines = HostLines()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()
-        assert unreachable([port], timeout_s=0.0) == {}
-    assert unreachable([port], timeout_s=1.0) == {port: "Connection refused"}
-    assert unreachable([], timeout_s=1.0) == {}
+        assert lines.silent([port], timeout_s=0.0) == {}
+        line = server.accept()[0]
+        assert lines.silent([port], timeout_s=0.0) == {} and not select.select([server], [], [], 0)[0], "one line"
+        line.close()
+        assert lines.silent([port], timeout_s=0.0) == {}, "a server may hang up"
+        assert server.accept()
+    assert lines.silent([port], timeout_s=1.0) == {port: "Connection refused"}
+    assert lines.silent([], timeout_s=1.0) == {}
+    lines.close()
+
+
+def test_a_host_is_lost_once_it_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    watch = HostWatch(["10.0.0.1", "10.0.0.2"], told.append)
+    now, ports = time.time(), {"10.0.0.1": 1, "10.0.0.2": 2}
+    silent = {("10.0.0.2", 2): "does not answer"}
+    monkeypatch.setattr(watching.time, "time", lambda: now)
+    watch._lines.heard = {("10.0.0.1", 1): now, ("10.0.0.2", 2): now}
+    watch._look(watch._hosts, ports, silent)
+    now += LOST_S - 0.1
+    watch._look(watch._hosts, ports, silent)
+    assert not told and not watch.lost("10.0.0.2")
+    now += 0.1
+    for _ in range(2):
+        watch._look(watch._hosts, ports, silent)
+    assert told == ["10.0.0.2"] and watch.lost("10.0.0.2") == "does not answer" and not watch.lost("10.0.0.1")
+    assert watch.status()[1]["lost_after_s"] == LOST_S
+    watch._look(watch._hosts, ports, {})
+    assert not watch.lost("10.0.0.2"), "it is back"
+    watch._look(watch._hosts, {"10.0.0.2": 2}, {})
+    assert told == ["10.0.0.2", "10.0.0.1"] and watch.lost("10.0.0.1") == "Ray counts it as dead"
 
 
 def test_what_a_killed_maker_leaves_is_taken_down(allowed: None) -> None:
