@@ -130,10 +130,10 @@ def test_two_nodes_answer_as_one(cluster: HostCluster, two_nodes: Server, one_no
 
 
 def test_the_report_names_the_slow_link(cluster: HostCluster, two_nodes: Server, logs: Path) -> None:
-    report = run_ep("report", str(logs / "2.trace"), "--no-html")
+    report = run_ep("report", str(logs / "2-socket.trace"), "--no-html")
     assert report.returncode == 0, report.stderr
     (line,) = [line for line in report.stdout.splitlines() if "slowest link" in line]
-    numbers = json.loads(run_ep("report", str(logs / "2.trace"), "--json", "--no-html").stdout)
+    numbers = json.loads(run_ep("report", str(logs / "2-socket.trace"), "--json", "--no-html").stdout)
     trips = {shard["shard"]: shard["round_trip_us_p50"] for shard in numbers["shards"]}
     assert f"shard {max(trips, key=trips.__getitem__)} on" in line
     if cluster.kind == "namespaces":
@@ -160,7 +160,8 @@ def test_hosts_that_are_lost(cluster: HostCluster, two_nodes: Server, one_node_t
             assert [shard["host"] for shard in shards(cluster)][2:] == [cluster.addresses[2]] * 2
         else:
             assert isinstance(found, str) and ended < NAMED_S, found
-            assert "shard 2" in found and f"host {address} is lost" in found and "no other host has 1 CPU free" in found
+            assert "shard 2" in found or "shard 3" in found, found
+            assert f"host {address} is lost" in found and "no other host has 1 CPU free" in found
             states = [(shard["host"], shard["state"]) for shard in shards(cluster)]
             assert states == [(cluster.addresses[0], "up")] * 2 + [(address, "failed")] * 2
     start = time.monotonic()
