@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ep.checkpoint import Checkpoint
-from ep.placement import even_split
+from ep.ipc_options import IpcOptions
+from ep.ipc_router import Beside, IpcRouter
+from ep.ipc_setup import message_shape, open_device
+from ep.ipc_shard import IpcShard
+from ep.placement import Placement, even_split
 from ep.plugin import ARCHITECTURES, LOAD_FORMAT
 from ep.router import Router
 from ep.shard import Shard
 from ep.transport.base import spec_fingerprint
 from ep.transport.handshake import Greeting
+from ep.transport.ipc import IpcTransport
 from ep.transport.local import LocalTransport
+from ep.transport.mailbox import MailboxBlock
 from ep.transport.sockets import SocketTransport
 from tests.unit.shards import KEY, NODE, ShardProcess
 
@@ -86,18 +94,21 @@ def _routed(
                 overrides = {"architectures": [ARCHITECTURES[spec.family][0]], "quantization_config": None}
                 engine = _engine(model=checkpoint, load_format=LOAD_FORMAT, hf_overrides=overrides, **options)
             outputs = _generate(engine, prompts, case.num_alone)
+            router.take_load()
             found.append([list(output.token_ids) for output in outputs])
             assert all(link.requests for link in router.stats()), "a shard was never asked"
     return found
 
 
-def _router(checkpoint: str, case: Case, folder: Path, stack: ExitStack) -> Router:
+def _router(checkpoint: str, case: Case, folder: Path, stack: ExitStack) -> Router | IpcRouter:
     read = Checkpoint(checkpoint)
     spec = read.spec
     placement = even_split(spec.num_moe_layers, spec.num_experts, case.num_shards)
     if case.transport == "local":
         shards = [Shard.load(read, placement, shard_idx) for shard_idx in range(case.num_shards)]
         return Router(spec, placement, LocalTransport(shards, spec.hidden_size, spec.top_k))
+    if case.transport == "ipc":
+        return _ipc_router(checkpoint, placement, stack)
     folder.mkdir(parents=True, mode=0o700)
     processes = [
         ShardProcess.start(folder, _load_shard, checkpoint, shard_idx, case.num_shards)
@@ -108,6 +119,28 @@ def _router(checkpoint: str, case: Case, folder: Path, stack: ExitStack) -> Rout
     greeting = Greeting("test", spec_fingerprint(spec), spec.hidden_size, 1024, spec.top_k)
     node_id = NODE if case.transport == "unix" else "another node"
     return Router(spec, placement, SocketTransport([p.endpoint for p in processes], greeting, KEY, node_id))
+
+
+def _ipc_router(checkpoint: str, placement: Placement, stack: ExitStack) -> IpcRouter:
+    """Its shards are threads of this process."""
+    read, device = Checkpoint(checkpoint), torch.device("cpu")
+    options = IpcOptions(f"test-{os.getpid()}", 1, "bf16", "f32")
+    shards = [IpcShard(Shard.load(read, placement, idx), options, device) for idx in range(placement.num_shards)]
+    for shard in shards:
+        stack.callback(shard.close)
+    block = MailboxBlock.open(options.block, options.num_routers, placement.num_shards)
+    stack.callback(block.close)
+    message = message_shape(read.spec, options, device)
+    transport = IpcTransport(open_device(device), block, 0, message, placement)
+
+    def meet() -> Beside:
+        for shard_idx, shard in enumerate(shards):
+            transport.replace(shard_idx, shard.attach(transport.handles))
+        return Beside()
+
+    router = IpcRouter(read.spec, placement, transport, open_device(device), meet)
+    router.open_slots()
+    return router
 
 
 def _load_shard(checkpoint: str, shard_idx: int, num_shards: int) -> Shard:

@@ -19,6 +19,7 @@ MAX_TIES = 0.02
 CASES = [
     *(Case(num_shards, "local") for num_shards in (1, 2, 4)),
     *(Case(num_shards, transport) for num_shards, transport in ((1, "unix"), (2, "tcp"), (4, "unix"), (4, "tcp"))),
+    Case(2, "ipc"),
     Case(2, "unix", num_alone=8),
 ]
 
