@@ -27,7 +27,7 @@ from ep.placement import Placement
 from ep.router import Router
 from ep.shard import Shard
 from ep.share import Share
-from ep.transport.base import Endpoint, spec_fingerprint
+from ep.transport.base import spec_fingerprint
 from ep.transport.handshake import Greeting
 from ep.transport.ipc import IpcTransport
 from ep.transport.local import LocalTransport
@@ -105,7 +105,6 @@ def open_data_plane(
     if setup.transport == "local" and setup.on_gpu:
         return _open_on_gpu(setup, checkpoint, placement, max_tokens, versions, share)
     max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
-    endpoints: list[Endpoint] = []
     if setup.transport == "local":
         indices = range(placement.num_shards)
         shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
@@ -113,9 +112,8 @@ def open_data_plane(
         router = Router(spec, placement, transport, setup.dispatch_dtype, setup.combine_dtype, setup.deadline_s)
     else:
         membership = _membership(setup)
-        endpoints = membership.endpoints()
         router = _socket_router(setup, spec, placement, membership, max_tokens)
-    recording = Recording.start(setup, spec, placement, endpoints, versions)
+    recording = Recording.start(setup, spec, placement, versions)
     router.recorder = recording.recorder if recording is not None else None
     return DataPlane(router, recording, router.describe, router.close)
 
@@ -202,7 +200,7 @@ def _open_ipc(
         block.close()
 
     router = IpcRouter(spec, placement, transport, device, open_slots, replace, share)
-    recording = Recording.start(setup, spec, placement, [], versions)
+    recording = Recording.start(setup, spec, placement, versions)
     router.recorder = recording.recorder if recording is not None else None
     return DataPlane(router, recording, describe, close)
 
@@ -228,6 +226,6 @@ def _open_on_gpu(
         return compute
 
     router = GraphRouter(spec, placement, open_slots, max_tokens, device)
-    recording = Recording.start(setup, spec, placement, [], versions)
+    recording = Recording.start(setup, spec, placement, versions)
     router.recorder = recording.recorder if recording is not None else None
     return DataPlane(router, recording, lambda _: "in process", router.close)

@@ -206,6 +206,7 @@ class Launch:
             checkpoint=options.checkpoint,
             placement=placement,
             transport=options.transport,
+            hosts=tuple(self._hosts),
             on_gpu=options.on_gpu,
             dispatch_dtype=options.dispatch_dtype,
             combine_dtype=options.combine_dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ep.cluster.router_actor import RouterSetup
     from ep.model import ModelSpec
     from ep.placement import Placement
-    from ep.transport.base import Endpoint
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,16 @@ class Recording:
         setup: RouterSetup,
         spec: ModelSpec,
         placement: Placement,
-        endpoints: Sequence[Endpoint],
         versions: Mapping[str, str],
     ) -> Recording | None:
-        """None where `ep serve` was told to record nothing. endpoints: empty with shards in this process.
+        """None where `ep serve` was told to record nothing.
 
         Raises TraceError for a path that exists or cannot be written.
         """
         if setup.trace is None:
             return None
         here = ray.util.get_node_ip_address()
-        nodes = [endpoint.tcp_host or endpoint.node_id for endpoint in endpoints] or [here] * placement.num_shards
+        nodes = list(setup.hosts) or [here] * placement.num_shards
         routers = [here] * setup.link.num_routers  # `Launch` puts them all on one node
         header = TraceHeader.now(setup.model, spec, placement, nodes, routers, versions)
         path = part_path(setup.trace, setup.rank)

@@ -42,8 +42,8 @@ class RouterSetup:
     """deadline_s: how long a round trip, a restart of a shard included, may take before the step's requests fail.
 
     rank: among all routers of the instance. on_gpu: whether attention, and slots in this process, are computed by a
-    GPU. ipc: None for other transports; hosted: the shard that lives in this process, if one does. model: its name.
-    trace: path of the file that load is recorded in, None to record nothing.
+    GPU. hosts: of the shards, empty with all of them in this process. ipc: None for other transports; hosted: the shard
+    that lives in this process, if one does. model: its name. trace: path of the file that load is recorded in, None to record nothing.
     """
 
     link: Link
@@ -52,6 +52,7 @@ class RouterSetup:
     checkpoint: str
     placement: dict[str, Any]
     transport: str
+    hosts: tuple[str, ...]
     on_gpu: bool
     dispatch_dtype: str
     combine_dtype: str
