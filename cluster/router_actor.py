@@ -43,7 +43,8 @@ class RouterSetup:
 
     rank: among all routers of the instance. on_gpu: whether attention, and slots in this process, are computed by a
     GPU. hosts: of the shards, empty with all of them in this process. ipc: None for other transports; hosted: the shard
-    that lives in this process, if one does. model: its name. trace: path of the file that load is recorded in, None to record nothing.
+    that lives in this process, if one does. model: its name. trace: path of the file that load is recorded in, None to
+    record nothing.
     """
 
     link: Link
