@@ -40,9 +40,6 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
-    # For raylet and gcs_server, which Ray runs on jemalloc. With several arenas they grow for a quarter of an hour, on
-    # an idle cluster too, while what they hold stays the same.
-    "MALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
 }
 """For every node, and for everything that connects to the cluster."""
 
