@@ -271,9 +271,8 @@ class Coordinator:
 
         Raises NoRoomError.
         """
-        home = self._setup.hosts[shard_idx]
-        why = self._hosts.lost(home)
-        if not why:
+        home, last = self._setup.hosts[shard_idx], self._shards[shard_idx].host
+        if not self._hosts.lost(home):
             bundle = shard_idx - self._setup.num_hosted
             return home, PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         needs = {"CPU": self._setup.num_cpus, "GPU": self._setup.num_gpus}
@@ -282,7 +281,9 @@ class Coordinator:
                 self._hosts.watch(host.address)
                 return host.address, NodeAffinitySchedulingStrategy(host.node_id, soft=False)
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
-        raise NoRoomError(f"host {home} is lost ({why}), and no other host has {wanted or 'room'} free")
+        lost = last if self._hosts.lost(last) else home
+        why = self._hosts.lost(lost)
+        raise NoRoomError(f"host {lost} is lost ({why}), and no other host has {wanted or 'room'} free")
 
     def _lose_host(self, address: str) -> None:
         """End the shards there: Ray may take a minute to see that they are out of reach."""
