@@ -101,7 +101,9 @@ def serve(options: ServeOptions) -> None:
         raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
     placement = first_placement(target.spec, num_shards, options)
     if options.transport == "local" and num_routers > 1:
-        raise OptionError(f"--transport local: {num_routers} routers would each hold all experts, another transport")
+        raise OptionError(
+            f"--transport local: {num_routers} routers would each hold all experts, expected socket or ipc"
+        )
     if options.share_gpus is not None and options.transport != "ipc":
         raise OptionError(f"--share-gpus: of --transport ipc, not of {options.transport}")
     with terminal.quiet("serve"):
