@@ -9,7 +9,7 @@ import pytest
 from ep.errors import OptionError, PlacementError
 from ep.model import ModelSpec
 from ep.presets import load_preset
-from ep.serve import ServeOptions, check_memory, first_placement
+from ep.serve import ServeOptions, check_memory, first_placement, num_hosted
 
 
 @pytest.fixture
@@ -36,3 +36,25 @@ def test_slots_that_do_not_fit_are_refused_with_the_sizes(spec: ModelSpec) -> No
         check_memory(spec, placement, options, 600 * 10**9)
     with pytest.raises(OptionError, match=r"need 1307\.8 GB"):
         check_memory(spec, placement, dataclasses.replace(options, expert_dtype="auto"), 700 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("shards", "routers", "gpus", "asked", "hosted"),
+    [
+        (7, 1, 8, None, 0),  # a GPU for each
+        (8, 1, 8, None, 1),
+        (8, 8, 8, None, 8),  # attention and experts on every GPU
+        (2, 2, 2, None, 2),
+        (1, 1, 2, None, 0),
+        (1, 1, 2, True, 1),
+        (2, 2, 2, False, 0),
+        (2, 2, 0, None, 0),  # on CPUs only if asked
+        (2, 3, 0, True, 2),
+    ],
+)
+def test_shards_live_with_routers_where_gpus_are_few(
+    shards: int, routers: int, gpus: int, asked: bool | None, hosted: int
+) -> None:
+    options = ServeOptions("deepseek-v3", transport="ipc", share_gpus=asked)
+    assert num_hosted(options, shards, routers, gpus) == hosted
+    assert num_hosted(ServeOptions("deepseek-v3"), shards, routers, gpus) == 0
