@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 MAX_FAILURES = 3
 _PING_TIMEOUT_S = 2.0
 _BACKOFF_S, _MAX_BACKOFF_S = 0.1, 10.0
-_LOOK_FOR_ROOM_S = 1.0
+_LOOK_FOR_ROOM_S, _LOOK_AGAIN_S = 1.0, 0.25
+_VERDICT_S = 5.0
+"""In which a host that is lost is known to be (cluster/hosts.py)."""
 
 
 class NoRoomError(ClusterError):
@@ -276,10 +278,16 @@ class Coordinator:
             bundle = shard_idx - self._setup.num_hosted
             return home, PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         needs = {"CPU": self._setup.num_cpus, "GPU": self._setup.num_gpus}
-        for host in live_hosts():
-            if host.room(needs) and not self._hosts.lost(host.address):
-                self._hosts.watch(host.address)
-                return host.address, NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+        verdict = time.monotonic() + _VERDICT_S
+        while True:
+            for host in live_hosts():
+                if host.room(needs) and not self._hosts.lost(host.address):
+                    self._hosts.watch(host.address)
+                    return host.address, NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+            # Where it ran last is lost as well, or about to have the room again that it had there.
+            if self._hosts.lost(last) or time.monotonic() > verdict:
+                break
+            time.sleep(_LOOK_AGAIN_S)
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
         lost = last if self._hosts.lost(last) else home
         why = self._hosts.lost(lost)

@@ -72,6 +72,7 @@ def one_node_tokens(cluster: HostCluster, logs: Path) -> list[list[int]]:
     return found
 
 
+@pytest.mark.long  # tests/unit/test_ipc_router.py has the same without vLLM
 def test_ipc_on_a_node_and_sockets_between_nodes_in_one_layer(
     cluster: HostCluster, logs: Path, one_node_tokens: list[list[int]]
 ) -> None:
