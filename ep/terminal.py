@@ -70,8 +70,11 @@ class Terminal:
                 os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)
 
     @contextmanager
-    def progress(self, label: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
-        """A progress bar that leaves one finished line behind."""
+    def progress(
+        self, label: str, total: int | None = None, per_second: float = 10
+    ) -> Iterator[tuple[Progress, TaskID]]:
+        """A progress bar that leaves one finished line behind. per_second: how often it is drawn, which takes time from
+        what is measured meanwhile."""
         bar = Progress(
             TextColumn("         {task.description}"),
             BarColumn(bar_width=30),
@@ -79,6 +82,7 @@ class Terminal:
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
+            refresh_per_second=per_second,
         )
         with bar:
             yield bar, bar.add_task(label, total=total)

@@ -79,7 +79,8 @@ def measure(
     load: what all points have in common. Every round and point has prompts of its own, the same for all servers.
     """
     rounds: list[list[Round]] = [[] for _ in points]
-    with terminal.progress("measuring", total=(num_rounds + 1) * len(points) * len(targets)) as (bar, task):
+    total = (num_rounds + 1) * len(points) * len(targets)
+    with terminal.progress("measuring", total=total, per_second=1) as (bar, task):
         for round_idx in range(-1, num_rounds):
             for point_idx, point in enumerate(points):
                 seed = load.seed + (round_idx + 1) * len(points) + point_idx
