@@ -145,10 +145,10 @@ class Launch:
         return self.options.transport == "socket" or (self.options.transport == "ipc" and is_far)
 
     def progress(self) -> dict[str, Any]:
-        """Coordinator.progress, or nothing while the coordinator itself starts."""
+        """Coordinator.progress, or nothing while the coordinator itself starts or where it has ended."""
         try:
             return ray.get(self._coordinator.progress.remote(), timeout=5.0)
-        except ray.exceptions.GetTimeoutError:
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
             return {"shards": [], "routers": {}}
 
     def metrics(self) -> dict[str, Any]:
@@ -158,10 +158,11 @@ class Launch:
         Raises RayError where the coordinator does not answer.
         """
         calls = [router.metrics.remote() for router in self._routers]
-        routers: list[dict[str, Any]] = []
+        routers: list[dict[str, Any] | None] = [None]
         with suppress(ray.exceptions.RayError):
             routers = ray.get(calls, timeout=_METRICS_S)
-        return {"coordinator": ray.get(self._coordinator.status.remote(), timeout=_METRICS_S), "routers": routers}
+        status = ray.get(self._coordinator.status.remote(), timeout=_METRICS_S)
+        return {"coordinator": status, "routers": [] if None in routers else routers}
 
     def set_phase(self, phase: str) -> None:
         """What `ep status` says of the routers from now on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from ep.recorder import RecentLoad
 
 _END_TRACE_S = 2.0
+HOSTED_SWITCH_S = 5e-5
+"""How long the router's thread may keep the interpreter from that of a shard in its process, for which others wait."""
 
 FAILED = "failed: "
 """How the phase of a router starts that could not."""
@@ -77,6 +80,8 @@ class RouterActor:
         os.environ.update(setup.environment)
         os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
         restore_priority()
+        if setup.hosted is not None:
+            sys.setswitchinterval(HOSTED_SWITCH_S)
         self._setup = setup
         self._data_plane: DataPlane | None = None
         self._hosted = ShardActor(setup.hosted, own_process=False) if setup.hosted is not None else None
@@ -127,9 +132,9 @@ class RouterActor:
         base = {"rank": self._setup.rank, "pid": os.getpid()}
         return base | (self._data_plane.status() if self._data_plane is not None else {})
 
-    def metrics(self) -> dict[str, Any]:
-        """For Prometheus. Raises ClusterError while the router starts."""
-        return self._opened().metrics()
+    def metrics(self) -> dict[str, Any] | None:
+        """For Prometheus; None while the router starts."""
+        return self._data_plane.metrics() if self._data_plane is not None else None
 
     def trace_bytes(self) -> bytes:
         """The trace's file, what is counted until now included. Raises ClusterError, TraceError."""

@@ -38,6 +38,8 @@ def join_or_start(address: str | None, num_cpus: int) -> Session:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Ray runs its workers at niceness 15; shards and routers are what this cluster is for.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # It would start an idle worker for every core, which takes a large machine's cores from what is being started.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init(
             num_cpus=num_cpus,
             include_dashboard=False,

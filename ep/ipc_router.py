@@ -145,6 +145,8 @@ class IpcRouter:
         """Load the experts of this process and meet the shards."""
         self._beside = self._open_slots()
         far = self._beside.far
+        self._transport.warm_up(torch.bfloat16 if far is None else torch.float32)
+        self._transport.begin_step(ALL_TOKENS, 0)
         if far is not None:
             far.router.recoveries = self.recoveries
             for shard_idx in far.shards:
@@ -266,7 +268,9 @@ class IpcRouter:
 
     def take_load(self) -> None:
         """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
-        any thread."""
+        any thread. Nothing before the first step, while the device may be capturing graphs."""
+        if not self._step:
+            return
         self._device.drain()
         carried = self._transport.take_carried()
         self._device.drain()

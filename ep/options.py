@@ -1,8 +1,9 @@
-"""What commands' options are made of beyond click's own: lists with commas, vLLM's flags after `--`."""
+"""What commands' options are made of beyond click's own: lists with commas, other commands' flags."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 import click
@@ -47,6 +48,20 @@ class Listing(click.ParamType):
         if not (number >= self._least if self._kind is int else number > 0):
             self.fail(f"{text!r}: expected {wanted}, with commas between them", param, ctx)
         return number
+
+
+class Words(click.ParamType):
+    """Flags of another command, quoted as in a shell: a tuple of its arguments."""
+
+    name = "FLAGS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(shlex.split(value))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

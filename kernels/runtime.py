@@ -7,6 +7,8 @@ on ROCm) is used under that name; the rest goes to the driver's own library.
     driver library              libcuda.so.1                  libamdhip64.so
     device address of host      cuMemHostGetDevicePointer_v2  hipHostGetDevicePointer
     memory
+    captures of other     cuThreadExchangeStreamCaptureMode  hipThreadExchangeStreamCaptureMode
+    threads
     which GPUs a process sees   CUDA_VISIBLE_DEVICES          HIP_VISIBLE_DEVICES
     Ray leaves that alone       RAY_EXPERIMENTAL_NOSET_CUDA_  RAY_EXPERIMENTAL_NOSET_HIP_
                                 VISIBLE_DEVICES               VISIBLE_DEVICES
@@ -25,6 +27,9 @@ import torch
 HOST_REGISTER_FLAGS = 3
 """Portable and mapped: cudaHostRegisterPortable | cudaHostRegisterMapped, the same bits as HIP's."""
 
+RELAXED = 2
+"""cudaStreamCaptureModeRelaxed, the same number as HIP's."""
+
 STORAGE_DEVICE = 6
 """Which argument of torch's rebuild_cuda_tensor is the device that the storage is opened on."""
 
@@ -36,6 +41,7 @@ class Platform:
     name: str
     library: str
     host_address: str
+    capture_mode: str
     visible_devices: str
     ray_keeps_visible_devices: str
 
@@ -44,6 +50,7 @@ CUDA = Platform(
     name="cuda",
     library="libcuda.so.1",
     host_address="cuMemHostGetDevicePointer_v2",
+    capture_mode="cuThreadExchangeStreamCaptureMode",
     visible_devices="CUDA_VISIBLE_DEVICES",
     ray_keeps_visible_devices="RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
 )
@@ -51,6 +58,7 @@ HIP = Platform(
     name="hip",
     library="libamdhip64.so",
     host_address="hipHostGetDevicePointer",
+    capture_mode="hipThreadExchangeStreamCaptureMode",
     visible_devices="HIP_VISIBLE_DEVICES",
     ray_keeps_visible_devices="RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES",
 )
@@ -99,6 +107,13 @@ def register_host(address: int, num_bytes: int) -> int:
 def unregister_host(address: int) -> None:
     """The inverse, with the address on the host."""
     _check(torch.cuda.cudart().cudaHostUnregister(address), "unregistering host memory")
+
+
+def ignore_captures() -> None:
+    """Lets this thread allocate and wait while another one captures a graph, which otherwise forbids both to all of
+    them. Raises RuntimeError."""
+    mode = ctypes.c_int(RELAXED)
+    _check(getattr(_driver(), platform().capture_mode)(ctypes.byref(mode)), platform().capture_mode)
 
 
 @cache

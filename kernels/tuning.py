@@ -29,6 +29,9 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "moe"
 """The project's own files."""
 
 USER_FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
+SAME_CHIP = {"NVIDIA_H100_80GB_HBM3": "NVIDIA_H200"}
+"""Whose files stand in for those of a device that has none: all of it but the memory is the same."""
+
 FILE_NAME = re.compile(
     r"E=(?P<slots>\d+),N=(?P<inter>\d+),device_name=(?P<device>[^,]+)(?P<fp8>,dtype=fp8_w8a8,block_shape=\[128,128\])?\.json"
 )
@@ -160,15 +163,21 @@ def default_tile(block_m: int, device: Device, quantized: bool = True) -> TileCo
 def _find_table(
     num_slots: int, intermediate: int, device: Device, quantized: bool, folders: tuple[Path, ...]
 ) -> TunedTable:
-    name = file_name(num_slots, intermediate, device.name, quantized)
-    for folder in folders:
-        if (folder / name).is_file():
-            return _logged(load_table(folder / name, num_slots, "exact shape"), name)
-    near = [(distance, path, slots) for folder in folders for distance, path, slots in _near(folder, name)]
-    if near:
-        _, path, slots = min(near, key=lambda found: found[0])
-        return _logged(load_table(path, slots, "nearest shape: none for this one"), name)
-    return _logged(default_table(num_slots, device, quantized), name)
+    wanted = file_name(num_slots, intermediate, device.name, quantized)
+    chips = {device.name: ""}
+    if (other := SAME_CHIP.get(device.name)) is not None:
+        chips[other] = f" of {other}, the same chip"
+    names = {file_name(num_slots, intermediate, chip, quantized): word for chip, word in chips.items()}
+    for name, word in names.items():
+        for folder in folders:
+            if (folder / name).is_file():
+                return _logged(load_table(folder / name, num_slots, f"exact shape{word}"), wanted)
+    for name, word in names.items():
+        near = [(distance, path, slots) for folder in folders for distance, path, slots in _near(folder, name)]
+        if near:
+            _, path, slots = min(near, key=lambda found: found[0])
+            return _logged(load_table(path, slots, f"nearest shape{word}: none for this one"), wanted)
+    return _logged(default_table(num_slots, device, quantized), wanted)
 
 
 def _near(folder: Path, name: str) -> list[tuple[float, Path, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ep.options import TRANSPORTS, FlagsForVllm, Listing, given
+from ep.options import TRANSPORTS, FlagsForVllm, Listing, Words, given
 
 
 @click.group()
@@ -49,6 +49,8 @@ def _results(command: Any) -> Any:
 @click.option("--shards", type=click.IntRange(1), help="Shards of the server that is started.")
 @click.option("--routers", type=click.IntRange(1), help="Routers of the server that is started.")
 @click.option("--transport", type=click.Choice(TRANSPORTS), help="Transport of the server that is started.")
+@click.option("--ep-flags", type=Words(), default=(), help="Further options of `ep serve`, as one word of the shell.")
+@click.option("--native-flags", type=Words(), default=(), help="Of native vLLM alone, such as its expert parallelism.")
 @click.option("--verbose", is_flag=True)
 @_results
 def bench_serve(verbose: bool, **options: Any) -> None:
@@ -63,6 +65,7 @@ def bench_serve(verbose: bool, **options: Any) -> None:
     terminal = Terminal(verbose)
     of_server = {f"--{name}": options.pop(name) for name in ("shards", "routers", "transport")}
     flags = tuple(word for name, value in of_server.items() if value is not None for word in (name, str(value)))
+    flags += options.pop("ep_flags")
     show(run(ServeBenchOptions(ep_flags=flags, **given(options)), terminal), terminal.console)
 
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from ep.errors import TransportError
 from ep.kernels.p2p_layout import MessageShape
 
-ANSWER_S = 120.0
+ANSWER_S, END_S = 120.0, 10.0
 
 
 class NcclPair:
-    """Rank 0 in this process on GPU 0, rank 1 in another one on GPU 1, in lockstep: messages there, partials back."""
+    """Rank 0 on GPU 0, rank 1 on GPU 1, in processes of their own and in lockstep: messages there, partials back."""
 
     def __init__(self) -> None:
         # NVLink multicast is not set up on every machine, and NCCL then fails instead of doing without.
@@ -26,37 +26,48 @@ class NcclPair:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_second_rank, args=(port, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._rank = _Rank(0, port)
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in (0, 1):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
 
     def prepare(self, num_tokens: int, message: MessageShape, layers: int) -> None:
-        """A graph of so many layers on both sides."""
+        """A graph of so many layers on both sides. Raises TransportError."""
         scales = message.hidden // 128 * 4 if message.quantized else 0
         there = num_tokens * (message.hidden * message.dtype.itemsize + scales + message.top_k * 8)
         back = num_tokens * message.hidden * message.partial_dtype.itemsize
-        self._pipe.send((there, back, layers))
-        self._rank.prepare(there, back, layers)
-        self._answered()
+        self._ask((there, back, layers))
 
     def replay(self) -> float:
-        """Seconds of one replay."""
-        self._pipe.send(None)
-        seconds = self._rank.replay()
-        self._answered()
-        return seconds
+        """Seconds of one replay, as rank 0 sees it. Raises TransportError."""
+        return self._ask(None)
 
     def close(self) -> None:
-        self._pipe.send(())
-        self._rank.close()
-        self._process.join(ANSWER_S)
+        """Ends both; one that hangs in NCCL is killed."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(END_S)
+            if process.is_alive():
+                process.kill()
 
-    def _answered(self) -> None:
-        if not self._pipe.poll(ANSWER_S):
-            raise TransportError("NCCL's second rank does not answer; its messages are above")
-        self._pipe.recv()
+    def _ask(self, command: tuple[int, int, int] | None) -> float:
+        for pipe in self._pipes:
+            pipe.send(command)
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                if not pipe.poll(ANSWER_S):
+                    raise TransportError(f"NCCL's rank {rank} does not answer; its messages are above")
+                answers.append(pipe.recv())
+            except EOFError:
+                raise TransportError(f"NCCL's rank {rank} ended; its messages are above") from None
+        return answers[0]
 
 
 class _Rank:
@@ -76,6 +87,7 @@ class _Rank:
         out = torch.zeros(sends, dtype=torch.uint8, device="cuda")
         into = torch.zeros(gets, dtype=torch.uint8, device="cuda")
         empty = torch.zeros(0, dtype=torch.uint8, device="cuda")
+        self._buffers = (out, into)  # the graph's
 
         def layer() -> None:
             for sender in (0, 1):
@@ -92,28 +104,23 @@ class _Rank:
                 layer()
 
     def replay(self) -> float:
+        dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
         self._graph.replay()
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def close(self) -> None:
-        dist.destroy_process_group()
 
-
-def _second_rank(port: int, pipe: Connection) -> None:
-    rank = _Rank(1, port)
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    pair = _Rank(rank, port)
     while True:
         try:
             command = pipe.recv()
         except EOFError:
-            return
-        if command == ():
-            rank.close()
-            return
+            os._exit(0)  # NCCL's own end waits for graphs that hold its communicator
         if command is None:
-            rank.replay()
+            pipe.send(pair.replay())
         else:
-            rank.prepare(*command)
-        pipe.send("done")
+            pair.prepare(*command)
+            pipe.send(0.0)

@@ -37,7 +37,7 @@ class ServeBenchOptions:
     against: "native" measures native vLLM on the same weights in the same run; None measures one server.
     concurrency, request_rate: the sweep, a list for one of them. prompts: a .jsonl file instead of random prompts of
     input_len tokens. num_prompts: of each round; None: by the point of the sweep, or all of the file's.
-    ep_flags: further options of `ep serve`; vllm_flags go to vLLM in both servers.
+    ep_flags: further options of `ep serve`; native_flags of native vLLM; vllm_flags go to vLLM in both servers.
     """
 
     model: str = "deepseek-v3"
@@ -57,6 +57,7 @@ class ServeBenchOptions:
     output: str | None = None
     page: str | None = None
     ep_flags: tuple[str, ...] = ()
+    native_flags: tuple[str, ...] = ()
     vllm_flags: tuple[str, ...] = ()
 
 
@@ -121,6 +122,7 @@ def _wanted(options: ServeBenchOptions) -> Wanted:
         options.ep_flags,
         options.vllm_flags,
         options.layers,
+        options.native_flags,
     )
 
 

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -48,19 +49,20 @@ class Server:
                 start_new_session=True,
             )
         self._seen: dict[int, psutil.Process] = {self._process.pid: self._process}
+        self._since = time.monotonic()
 
     def wait_until_ready(self, timeout_s: float) -> float:
-        """Seconds until /health answered. Raises EpError when the process ends (with its last line) or time is up."""
-        since = time.monotonic()
+        """Seconds from the start until /health answered. Raises EpError when the process ends (with its last line) or
+        time is up."""
         while not answers(self.url):
             if self._process.poll() is not None:
                 raise EpError(
                     f"{self.log}: {self.name} ended with exit code {self._process.returncode}: {self._last_line()}"
                 )
-            if time.monotonic() - since > timeout_s:
+            if time.monotonic() - self._since > timeout_s:
                 raise EpError(f"{self.log}: {self.name} did not answer {self.url}/health within {timeout_s:g} s")
             time.sleep(0.25)
-        return time.monotonic() - since
+        return time.monotonic() - self._since
 
     def cpu_seconds(self) -> dict[str, float]:
         """User and system seconds so far, by kind of process. Actors of a cluster that it joined are not among them."""
@@ -119,7 +121,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2.0) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (urllib.error.URLError, OSError, HTTPException):
         return False
 
 

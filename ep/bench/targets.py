@@ -26,7 +26,7 @@ _NATIVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 class Wanted:
     """url: a server that runs, whose tokenizer `checkpoint` names; None: one is started on a Ray of its own. against:
     "native" or None. layers: so many of the published shapes, with made weights. ep_flags: further options of
-    `ep serve`; vllm_flags go to vLLM in every server started here."""
+    `ep serve`; native_flags of native vLLM; vllm_flags go to vLLM in every server started here."""
 
     model: str
     checkpoint: str | None
@@ -36,11 +36,14 @@ class Wanted:
     ep_flags: tuple[str, ...] = ()
     vllm_flags: tuple[str, ...] = ()
     layers: int | None = None
+    native_flags: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises OptionError."""
         if self.against not in (None, "native"):
             raise OptionError(f"--against {self.against}: expected native")
+        if self.native_flags and self.against is None:
+            raise OptionError(f"--native-flags {self.native_flags[0]}: goes with --against native")
         if self.url is None:
             return
         if self.checkpoint is None:
@@ -53,13 +56,14 @@ class Wanted:
 
 
 def start_targets(wanted: Wanted, terminal: Terminal, logs: Path, stack: ExitStack) -> list[Target]:
-    """The servers, each answering before the next is started, ended with the stack where they are ours."""
+    """The servers, ended with the stack where they are ours. On GPUs, where a start is minutes of compiling, they start
+    together; else each answers before the next is started."""
     from ep.target import resolve_target
 
     target = resolve_target(wanted.model, wanted.checkpoint, wanted.checkpoint is None, terminal, wanted.layers)
     weights = str(target.checkpoint)
 
-    def start(name: str, command: Sequence[str], flags: Sequence[str]) -> Target:
+    def start(name: str, command: Sequence[str], flags: Sequence[str]) -> Server:
         port = free_port()
         server = Server(
             name,
@@ -68,24 +72,31 @@ def start_targets(wanted: Wanted, terminal: Terminal, logs: Path, stack: ExitSta
             logs / f"{name}.log",
         )
         stack.callback(server.stop)
-        with terminal.console.status(f"starting {name}"):
-            seconds = server.wait_until_ready(wanted.ready_s)
-        terminal.say(f"{name} answers after {seconds:.1f} s")
-        return Target(name, server.url, target.name, weights, server, seconds)
+        return server
 
+    def wait(server: Server) -> Target:
+        with terminal.console.status(f"starting {server.name}"):
+            seconds = server.wait_until_ready(wanted.ready_s)
+        terminal.say(f"{server.name} answers after {seconds:.1f} s")
+        return Target(server.name, server.url, target.name, weights, server, seconds)
+
+    targets: list[Target] = []
+    commands: dict[str, tuple[list[str], list[str]]] = {}
     if wanted.url is not None:
-        targets = [Target("ep", wanted.url, served_model(wanted.url, os.environ.get("EP_API_KEY")), weights)]
+        targets.append(Target("ep", wanted.url, served_model(wanted.url, os.environ.get("EP_API_KEY")), weights))
     else:
         command = [*EP_COMMAND, wanted.model, "--checkpoint", weights, "--address", "local", "--verbose"]
-        command += wanted.ep_flags
-        targets = [start("ep", command, ["--", *wanted.vllm_flags])]
+        commands["ep"] = ([*command, *wanted.ep_flags], ["--", *wanted.vllm_flags])
     if wanted.against == "native":
         command = [*_NATIVE, *(_made_weights(weights) if target.made else _native_weights(target.checkpoint, terminal))]
         command += ["--served-model-name", target.name]
         if not count_gpus() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-        targets.append(start("native", command, wanted.vllm_flags))
-    return targets
+        commands["native"] = (command, [*wanted.native_flags, *wanted.vllm_flags])
+    if count_gpus():
+        servers = [start(name, *command) for name, command in commands.items()]
+        return targets + [wait(server) for server in servers]
+    return targets + [wait(start(name, *command)) for name, command in commands.items()]
 
 
 def _made_weights(checkpoint: str) -> list[str]:

@@ -44,4 +44,7 @@ def as_only_engine(vllm_config: Any) -> None:
     if not model.is_moe:
         model.model_arch_config = model.get_model_arch_config()
         parallel.is_moe_model = True
-        parallel.data_parallel_rank_local = 0  # else a worker would leave the first GPUs to the engines before this one
+        # Its routers' processes see their own GPU first: no others are to be left to the engines before this one.
+        parallel.data_parallel_rank_local = 0
+        if getattr(parallel, "assigned_physical_gpu_ids", None) is not None:
+            parallel.assigned_physical_gpu_ids = None

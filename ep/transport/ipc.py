@@ -195,6 +195,19 @@ class IpcTransport:
         self._device.launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
         return out
 
+    def warm_up(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Runs the kernels of calls of every size, with padding for rows, which compiles and loads them: neither may be
+        left to the time when a wait keeps the device busy. dtype: of what `combine` is to return. Between steps."""
+        place, message = self._device.torch_device, self.message
+        self.begin_step(0, 0)
+        sizes = {min(1 << power, message.max_tokens) for power in range(message.max_tokens.bit_length() + 1)}
+        for num_rows in sorted(sizes):
+            hidden = torch.zeros(num_rows, message.hidden, dtype=torch.bfloat16, device=place)
+            ids = torch.full((num_rows, message.top_k), -1, dtype=torch.int32, device=place)
+            self.dispatch(0, hidden, ids, torch.zeros(num_rows, message.top_k, device=place))
+            self.combine(None if self.local_shard is None else hidden.float(), dtype)
+        self._device.synchronize()
+
     def check(self) -> None:
         """After a step, when the device is done with it: raises what kept it from being whole (ShardLostError,
         ShardFailedError, DeadlineError). Until `reset` nothing is sent any more."""

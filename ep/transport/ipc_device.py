@@ -87,6 +87,7 @@ class GpuDevice:
         torch.cuda.set_device(self.torch_device)
         if self._stream is not None:
             torch.cuda.set_stream(self._stream)
+            runtime.ignore_captures()
 
     def shared_zeros(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)

@@ -115,12 +115,13 @@ def test_small_abort_ends_a_graph_and_the_gpu_lives_on() -> None:
     x = torch.randn(8, world.message.hidden, device="cuda").bfloat16()
     ids = torch.randint(0, 8, (8, 4), dtype=torch.int32, device="cuda")
     weights = torch.rand(8, 4, device="cuda")
+    addresses = world.addresses(world.inbox), world.addresses(world.mailboxes)
     stream = torch.cuda.Stream()
     world.words[p2p_layout.STEP] = 7
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(5):  # all of them wait for shards that never answer
-            run_router(p2p, world, x, ids, weights)
+            run_router(p2p, world, x, ids, weights, addresses=addresses)
             p2p.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr())
     time.sleep(0.5)
     assert not stream.query()

@@ -123,9 +123,16 @@ def copy(world: World, device: str = "cpu") -> World:
 
 
 def run_router(
-    ops: ModuleType, world: World, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int = 0
+    ops: ModuleType,
+    world: World,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    first: int = 0,
+    addresses: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    inboxes, mailboxes = world.addresses(world.inbox), world.addresses(world.mailboxes)
+    """addresses: of the inboxes and the mailboxes, on the device; finding them waits for the stream."""
+    inboxes, mailboxes = addresses or (world.addresses(world.inbox), world.addresses(world.mailboxes))
     ops.plan_dispatch(ids, world.tables, world.plan, world.load, world.words, 1, first)
     ops.put_tokens(
         x, weights, world.plan, world.message, inboxes, mailboxes, world.words, 1, world.tables.slots_per_shard

@@ -93,6 +93,7 @@ LAYERS = (
         "commands",
         (
             "ep.cli",
+            "ep.__main__",
             "ep.serve",
             "ep.announce",
             "ep.status",
