@@ -48,6 +48,7 @@ class ShardActor:
         self._ipc: Any = None
         self._mover: Any = None
         self._progress = (0, 0)
+        self._own_process = own_process
         if own_process:
             # Read by OpenMP when torch is imported, which is why torch is imported below.
             os.environ["OMP_NUM_THREADS"] = str(setup.num_threads)
@@ -87,7 +88,9 @@ class ShardActor:
         if self._setup.ipc is not None:
             from ep.ipc_shard import IpcShard
 
-            self._ipc = IpcShard(self._shard, self._setup.ipc, choose_device(), _end_process)
+            self._ipc = IpcShard(
+                self._shard, self._setup.ipc, choose_device(), _end_process, is_hosted=not self._own_process
+            )
         node_id = ray.get_runtime_context().get_node_id()
         self._mover = Mover(self._shard, Checkpoint(self._setup.checkpoint), self._setup.key, node_id)
         return self._shard.listen(
@@ -108,11 +111,14 @@ class ShardActor:
         """
         from ep.placement import Placement
 
-        return self._mover.prepare(Placement.from_dict(placement), transfers, endpoints)
+        moved = self._mover.prepare(Placement.from_dict(placement), transfers, endpoints)
+        self._refresh()
+        return moved
 
     def drop(self, generation: int) -> None:
         """Answer no more requests of this generation."""
         self._shard.drop(generation)
+        self._refresh()
 
     def slot_bytes(self) -> int:
         """Of one slot in one layer."""
@@ -143,6 +149,11 @@ class ShardActor:
             for name, value in self._ipc.status().items():
                 found[name] = found.get(name, 0) + value
         return found
+
+    def _refresh(self) -> None:
+        """The ipc side serves what the shard does."""
+        if self._ipc is not None:
+            self._ipc.refresh()
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)

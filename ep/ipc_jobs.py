@@ -1,113 +1,88 @@
-"""What a shard's GPU is to do next: which waiting messages make one job, and the ring that tells it of jobs."""
+"""When a shard's host launches its next job, and how large it is, from the headers that it sees and what comes back.
+
+    headers of all routers ─> Demand ─> rows of the next job ─> launched ─> waits on the device ─> ended
+                                ^──────────────────────── answered ─────────────────────────────────┘
+
+A job takes what it finds when its turn comes (kernels/p2p.py `take`), which the host does not choose. Nothing is
+launched here, and the clock is the caller's.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p_layout import Header
-from ep.transport.ipc_device import IpcDevice
-
-SIZE = 64
-"""Jobs in the ring."""
-DEPTH = 2
-"""Jobs on the device at a time: one that runs, and one so that it does not idle between two. What comes meanwhile can
-still join."""
-_MASK = 0xFFFFFFFF
+RECENT_S = 0.02
+"""For so long after a message its router may send another of that size at any moment."""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A router's message, or what is left of it from row `first` on."""
+class IpcLimits:
+    """job_tokens: rows of one job, longer messages take several. graph_tokens: up to here jobs run captured graphs.
 
-    router_idx: int
-    header: Header
-    first: int = 0
+    depth: jobs on the device at a time. linger_s: for how long after a message jobs are kept waiting there for the next
+    one, 0 to launch one only for a message that is there. patience: looks of such a job before it ends. spin_s: for how
+    long the thread that launches looks again at once; nap_s: how long it then sleeps between two looks, 0 to only offer
+    its core to others.
+    """
 
-    @property
-    def num_rows(self) -> int:
-        return self.header.num_tokens - self.first
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a message in a job. is_last: the message is answered with this job."""
-
-    router_idx: int
-    first: int
-    num_rows: int
-    seq: int
-    is_last: bool
+    job_tokens: int = 4096
+    graph_tokens: int = 256
+    depth: int = 1
+    linger_s: float = 0.0
+    patience: int = 0
+    spin_s: float = 2e-4
+    nap_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class Joined:
-    """One job: parts of one layer, num_rows in all. left: what still waits, in order."""
+@dataclass
+class _Asker:
+    """A router: its newest message, how many rows that has, and when it was seen."""
 
-    layer_pos: int
-    parts: list[Part]
-    num_rows: int
-    left: deque[Waiting]
+    seq: int | None = None
+    rows: int = 0
+    seen: float = float("-inf")
 
 
-def join(waiting: Iterable[Waiting], job_tokens: int) -> Joined:
-    """The message that came first, with all that waits for its layer, as far as a job has room. Not for none."""
-    parts: list[Part] = []
-    left: deque[Waiting] = deque()
-    layer_pos, rows = -1, 0
-    for one in waiting:
-        header, count = one.header, min(one.num_rows, job_tokens - rows)
-        if not parts:
-            layer_pos = header.layer_pos
-        if header.layer_pos != layer_pos or not count or len(parts) == layout.MAX_JOINED:
-            left.append(one)
-            continue
-        is_last = count == one.num_rows
-        parts.append(Part(one.router_idx, one.first, count, header.seq, is_last))
-        rows += count
-        if not is_last:
-            left.append(Waiting(one.router_idx, header, one.first + count))
-    return Joined(layer_pos, parts, rows, left)
+class Demand:
+    """What is asked of a shard. answered: by router, the newest message that is answered, kept up by the device."""
+
+    def __init__(self, limits: IpcLimits, answered: Sequence[int]) -> None:
+        self._limits, self._answered = limits, answered
+        self._askers: dict[int, _Asker] = {}
+        self._last = float("-inf")
+
+    def join(self, router_idx: int) -> None:
+        """A router of which nothing is known yet."""
+        self._askers[router_idx] = _Asker()
+
+    def leave(self, router_idx: int) -> None:
+        del self._askers[router_idx]
+
+    def note(self, router_idx: int, seq: int, num_rows: int, now: float) -> None:
+        """A message that is to be answered."""
+        self._askers[router_idx] = _Asker(seq, num_rows, now)
+        self._last = now
+
+    def pause(self) -> None:
+        """A job has waited in vain: none is kept waiting until the next message."""
+        self._last = float("-inf")
+
+    def next_job(self, in_flight: int, now: float) -> int:
+        """Rows of the job that is to be launched beside those on the device, 0 for none."""
+        is_lingering = now - self._last < self._limits.linger_s
+        if in_flight and not is_lingering:
+            return 0
+        waiting = [router for router, one in self._askers.items() if one.seq not in (None, self._answered[router])]
+        if not waiting and not is_lingering:
+            return 0
+        askers = self._askers.items()
+        rows = sum(one.rows for router, one in askers if router in waiting or now - one.seen < RECENT_S)
+        capacity = min(bucket(max(rows, 1)), self._limits.job_tokens)
+        depth = self._limits.depth
+        return capacity if in_flight < (depth if capacity <= self._limits.graph_tokens else min(depth, 2)) else 0
 
 
 def bucket(num_rows: int) -> int:
     """The captured capacity for so many rows: 1, 2, 4, then multiples of 8."""
     return next((size for size in (1, 2, 4) if num_rows <= size), -(-num_rows // 8) * 8)
-
-
-class JobRing:
-    """Jobs in host memory, each to be followed by the launch that takes it; `collect` on the device reads them in
-    order. For one thread."""
-
-    size = SIZE
-
-    def __init__(self, device: IpcDevice) -> None:
-        self._jobs, self._done = device.host_words(SIZE * layout.JOB_WORDS), device.host_words(1)
-        self.address, self.done_address = self._jobs.data_ptr(), self._done.data_ptr()
-        # Single words are written and read several times as fast as through numpy.
-        self._words, self._done_word = (memoryview(words.numpy().data) for words in (self._jobs, self._done))
-        self._posted = 0
-
-    @property
-    def has_room(self) -> bool:
-        return (self._posted - self._done_word[0]) & _MASK < DEPTH
-
-    def post(self, layer_pos: int, num_rows: int, parts: list[Part]) -> None:
-        words, joined = self._words, layout.MAX_JOINED
-        start = (self._posted % SIZE) * layout.JOB_WORDS
-        words[start + layout.JOB_LAYER] = layer_pos
-        words[start + layout.JOB_TOKENS] = num_rows
-        at, end = start + layout.JOB_ROUTERS, start + layout.JOB_ROUTERS + joined
-        for part in parts:
-            words[at] = part.router_idx
-            words[at + joined] = part.first
-            words[at + 2 * joined] = part.num_rows
-            words[at + 3 * joined] = part.seq
-            words[at + 4 * joined] = part.is_last
-            at += 1
-        while at < end:
-            words[at], words[at + 2 * joined], words[at + 4 * joined] = -1, 0, 0
-            at += 1
-        self._posted = (self._posted + 1) & _MASK

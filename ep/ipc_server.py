@@ -1,10 +1,10 @@
-"""The shard's side of the data plane between GPUs of one node: a thread that turns messages into graph launches.
+"""The shard's side of the data plane between GPUs of one node: a thread that keeps jobs ahead of the messages.
 
-    headers of all routers ─> poll ─> join what waits for one layer ─> job ring ─> captured graph of the token bucket:
-                                                                                   collect ─> experts ─> return
+    headers of all routers ─> poll ─> Demand ─> captured graph of a size: take ─> collect ─> experts ─> return
 
-Graphs know no layer and no router: they read both from the job. The flags that a job raises are the routers' to wait
-for; nothing comes back here but that it is done.
+Graphs know no layer and no router: the device has both from the messages that it finds when a graph's turn comes.
+While messages come, graphs are launched ahead of them and wait there, so that no host has a part in a layer; after a
+pause the host looks for the next message. Messages that are not to be answered it refuses.
 
 Shape legend: C rows of a job (capacity), H hidden.
 """
@@ -16,8 +16,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -26,10 +27,10 @@ import torch
 
 from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
-from ep.ipc_jobs import JobRing, Waiting, bucket, join
+from ep.ipc_jobs import Demand, IpcLimits, bucket
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import Job
+from ep.kernels.p2p import Desk, Job
 from ep.kernels.p2p_layout import Header, MessageShape
 from ep.transport import mailbox
 from ep.transport.ipc_device import IpcDevice, Launch
@@ -38,49 +39,39 @@ from ep.transport.mailbox import MailboxBlock
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BUSY_S = 2e-4
-"""How long the thread spins after work before it rests between looks."""
+_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class IpcLimits:
-    """job_tokens: rows of one job, longer messages take several. graph_tokens: up to here jobs run captured graphs.
-    nap_s: how long an idle thread sleeps between two looks, 0 to only offer its core to others."""
-
-    job_tokens: int = 4096
-    graph_tokens: int = 256
-    nap_s: float = 0.0
-
-
-@dataclass
 class IpcStats:
-    """Counted since the server was made. messages: answered; joined: those that shared a job with another. launch_ns:
-    from seeing that there is work to having it launched, over all jobs."""
+    """Counted since the server was made. jobs: that found messages; messages: answered; joined: parts of jobs that had
+    several; tokens: rows. launches: of jobs, those that found nothing among them, and launch_ns: what they took."""
 
     jobs: int = 0
-    launch_ns: int = 0
     messages: int = 0
     joined: int = 0
     tokens: int = 0
     refused: int = 0
+    launches: int = 0
+    launch_ns: int = 0
 
 
 @dataclass
 class _Peer:
-    """A router. taken: the newest header that was seen."""
+    """A router. seen: the newest header that was looked at."""
 
     router_idx: int
     inbox: torch.Tensor
     box: torch.Tensor
     place: int
-    taken: int
+    seen: int
 
 
 class IpcServer:
     """Serves any number of routers, up to the block's. message: what every router must send.
 
-    num_layers: MoE layers; generations: which placements are served, read for every message. on_failure: called by the
-    serving thread when it ends by an error, which `error` then is.
+    num_layers: MoE layers; generations: which placements are served, MAX_SERVED at most; after a change `refresh` is to
+    be called. on_failure: called by the serving thread when it ends by an error, which `error` then is.
     """
 
     def __init__(
@@ -91,35 +82,41 @@ class IpcServer:
         message: MessageShape,
         num_layers: int,
         compute: JobCompute,
-        generations: Callable[[], Container[int]],
+        generations: Callable[[], Collection[int]],
         limits: IpcLimits | None = None,
         on_failure: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         supported, reason = p2p.supports(message, block.num_shards, num_layers)
         if not supported:
             raise OptionError(f"ipc: {reason}")
-        self.stats = IpcStats()
         self.error: Exception | None = None
         self._device, self._block, self._shard_idx = device, block, shard_idx
         self._message, self._num_layers = message, num_layers
         self._compute, self._generations = compute, generations
         self._limits = limits or IpcLimits()
-        self._on_failure = on_failure
+        self._on_failure, self._clock = on_failure, clock
         place, capacity = device.torch_device, self._limits.job_tokens
         self._job = Job.allocate(message, capacity, place)
         self._partials = torch.zeros(capacity, message.hidden, dtype=message.partial_dtype, device=place)
-        self._words = torch.zeros(layout.NUM_WORDS, dtype=torch.int32, device=place)
-        self._inboxes, self._boxes, self._flags = (
-            torch.zeros(block.num_routers, dtype=torch.int64, device=place) for _ in range(3)
+        self._boxes, self._flags = (
+            torch.zeros(block.num_routers, dtype=torch.int64, device=place) for _ in range(2)
         )
-        self._ring = JobRing(device)
+        self._host = device.host_words(layout.shard_words(block.num_routers))
+        # Single words are written and read several times as fast as through numpy.
+        self._host_words = memoryview(self._host.numpy().data)
+        self._desk = Desk.allocate(block.num_routers, place, self._host.data_ptr())
+        self._demand = Demand(self._limits, self._host_words[layout.ANSWERED :])
+        self._served: frozenset[int] = frozenset()
         self._peers: dict[int, _Peer] = {}
-        self._waiting: deque[Waiting] = deque()
+        self._counts, self._refused, self._launches, self._launch_ns = [0] * layout.NUM_COUNTS, 0, 0, 0
+        self._launched = self._in_vain = 0
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._graphs: dict[int, Launch] = {}
         device.synchronize()
+        self._refresh()
 
     @property
     def job(self) -> Job:
@@ -130,8 +127,22 @@ class IpcServer:
     def buffer_bytes(self) -> int:
         """Of this GPU's memory, the attached routers' inboxes included."""
         job = [tensor for tensor in vars(self._job).values() if tensor is not None]
-        fixed = [self._partials, self._words, self._inboxes, self._boxes, self._flags, *job]
+        desk = [self._desk.inboxes, self._desk.served, self._desk.taken, self._desk.words]
+        fixed = [self._partials, self._boxes, self._flags, *desk, *job]
         return sum(tensor.nbytes for tensor in fixed) + len(self._peers) * self._message.inbox_bytes
+
+    @property
+    def stats(self) -> IpcStats:
+        """From any thread."""
+        sums = self._host_words[layout.DONE + 1 : layout.DONE + 1 + layout.NUM_COUNTS]
+        for place, count in enumerate(sums):
+            self._counts[place] += (count - self._counts[place]) & _MASK
+        jobs, messages, joined, tokens = self._counts
+        return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
+
+    def refresh(self) -> None:
+        """Other generations are served now; when this returns the device knows."""
+        self._on_thread(self._refresh)
 
     def start(self) -> None:
         """Compiles and captures what jobs run, then serves on a thread of its own. Raises what capturing raised."""
@@ -170,23 +181,28 @@ class IpcServer:
         most = min(limits.graph_tokens, limits.job_tokens)
         sizes = sorted({bucket(num_tokens) for num_tokens in range(1, most + 1)})
         for capacity in [*sizes, limits.job_tokens]:
-            self._ring.post(0, 0, [])
             self._run(capacity)
             self._device.synchronize()
         for capacity in sizes:
             self._graphs[capacity] = self._device.capture(partial(self._run, capacity))
+        self._launched = self._in_vain = self._host_words[layout.DONE]
 
     def poll(self) -> bool:
-        """One look at all mailboxes, and a job if there is work and room for one. Whether anything was found."""
-        words, found = self._block.words, False
+        """One look at all mailboxes, and a job if one is due. Whether anything was found."""
+        now, words, found = self._clock(), self._block.words, False
+        done = self._host_words[layout.DONE]
+        in_vain = (done - self._host_words[layout.DONE + 1 + layout.JOBS]) & _MASK
+        if in_vain > self._in_vain:
+            self._in_vain = in_vain
+            self._demand.pause()
         for peer in self._peers.values():
             word = words[peer.place]
-            if word != peer.taken:
-                peer.taken = word
-                self._take(peer, Header.unpack(word))
+            if word != peer.seen:
+                peer.seen = word
+                self._look_at(peer, Header.unpack(word), now)
                 found = True
-        if self._waiting and self._ring.has_room:
-            self._launch_job()
+        if capacity := self._demand.next_job((self._launched - done) & _MASK, now):
+            self._launch_job(capacity)
             found = True
         return found
 
@@ -205,9 +221,10 @@ class IpcServer:
                     self._commands.popleft()()
                 elif self.poll():
                     idle_since = time.perf_counter()
-                elif time.perf_counter() - idle_since > BUSY_S:
+                elif time.perf_counter() - idle_since > self._limits.spin_s:
                     self._rest()
-            self._device.synchronize()
+            with self._paused():
+                pass
         except Exception as error:
             log.exception("shard %d: serving routers over ipc ended", self._shard_idx)
             self.error = error
@@ -241,66 +258,84 @@ class IpcServer:
         self._commands.append(command)
         return result.result()
 
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Inside, the device does nothing: jobs that wait for messages have ended without any."""
+        self._host_words[layout.STOP] = 1
+        self._device.synchronize()
+        try:
+            yield
+        finally:
+            self._device.synchronize()
+            self._host_words[layout.STOP] = 0
+
     def _attach(self, handles: RouterHandles) -> ShardHandles:
         self._detach(handles.router_idx)
         router_idx, shard_idx, message = handles.router_idx, self._shard_idx, self._message
         inbox = self._device.shared_zeros(message.inbox_bytes)
         box = self._device.open(handles.box)
-        base = box.data_ptr()
-        self._inboxes[router_idx] = inbox.data_ptr()
         first = message.partials_offset(handles.num_shards)
-        self._boxes[router_idx] = base + first + shard_idx * message.partial_bytes
-        self._flags[router_idx] = base + shard_idx * layout.LINE
-        self._device.synchronize()
+        with self._paused():
+            self._desk.inboxes[router_idx] = inbox.data_ptr()
+            self._desk.taken[router_idx] = 0
+            self._boxes[router_idx] = box.data_ptr() + first + shard_idx * message.partial_bytes
+            self._flags[router_idx] = box.data_ptr() + shard_idx * layout.LINE
+            self._host_words[layout.ANSWERED + router_idx] = 0
         place = self._block.header_place(router_idx, shard_idx)
         self._peers[router_idx] = _Peer(router_idx, inbox, box, place, self._block.words[place])
+        self._demand.join(router_idx)
         return ShardHandles(shard_idx, os.getpid(), self._device.share(inbox))
 
     def _detach(self, router_idx: int) -> None:
         if router_idx not in self._peers:
             return
-        self._waiting = deque(one for one in self._waiting if one.router_idx != router_idx)
-        self._device.synchronize()
+        with self._paused():
+            self._desk.inboxes[router_idx] = 0
+        self._demand.leave(router_idx)
         del self._peers[router_idx]
 
-    def _take(self, peer: _Peer, header: Header) -> None:
-        """A new message: to be served, or refused. One of no rows is a mailbox that a new router has emptied."""
+    def _refresh(self) -> None:
+        served = frozenset(generation % layout.NUM_GENERATIONS for generation in self._generations())
+        assert len(served) <= layout.MAX_SERVED, served
+        if served == self._served:
+            return
+        padded = [*served, *[-1] * (layout.MAX_SERVED - len(served))]
+        with self._paused():
+            self._desk.served.copy_(torch.tensor(padded, dtype=torch.int32))
+        self._served = served
+
+    def _look_at(self, peer: _Peer, header: Header, now: float) -> None:
+        """A new message: for the device to take, or refused. One of no rows is a mailbox that a new router emptied."""
         if not header.num_tokens:
             return
-        generation = int(self._block.generations[peer.router_idx])
-        if generation not in self._generations():
-            self._refuse(peer, header.seq, mailbox.OUT_OF_GENERATION, generation)
+        self._refresh()
+        if header.generation not in self._served:
+            self._refuse(peer, header.seq, mailbox.OUT_OF_GENERATION, int(self._block.generations[peer.router_idx]))
         elif header.layer_pos >= self._num_layers or header.num_tokens > self._message.max_tokens:
             self._refuse(peer, header.seq, mailbox.OUT_OF_RANGE, header.layer_pos)
         else:
-            self._waiting.append(Waiting(peer.router_idx, header))
+            self._demand.note(peer.router_idx, header.seq, header.num_tokens, now)
 
     def _refuse(self, peer: _Peer, seq: int, code: int, value: int) -> None:
         """The router's wait ends, and its `check` says why."""
-        self.stats.refused += 1
+        self._refused += 1
         self._block.refusals[peer.router_idx, self._shard_idx] = (seq, code, value)
         self._block.routers[peer.router_idx, layout.ABORT] = 1
 
-    def _launch_job(self) -> None:
+    def _launch_job(self, capacity: int) -> None:
         start = time.perf_counter_ns()
-        joined = join(self._waiting, self._limits.job_tokens)
-        self._waiting = joined.left
-        self._ring.post(joined.layer_pos, joined.num_rows, joined.parts)
-        graph = self._graphs.get(bucket(joined.num_rows))
+        graph = self._graphs.get(capacity)
         if graph is not None:
             graph()
         else:
-            self._run(joined.num_rows)
-        stats = self.stats
-        stats.jobs += 1
-        stats.launch_ns += time.perf_counter_ns() - start
-        stats.messages += sum(part.is_last for part in joined.parts)
-        stats.joined += len(joined.parts) if len(joined.parts) > 1 else 0
-        stats.tokens += joined.num_rows
+            self._run(capacity)
+        self._launched = (self._launched + 1) & _MASK
+        self._launches += 1
+        self._launch_ns += time.perf_counter_ns() - start
 
     def _run(self, capacity: int) -> None:
-        launch, job, message = self._device.launch, self._job, self._message
-        launch(p2p.collect, self._ring.address, self._ring.size, self._inboxes, self._words, message, job, capacity)
+        launch, job, message, desk = self._device.launch, self._job, self._message, self._desk
+        launch(p2p.take, desk, message, self._num_layers, job, capacity, self._limits.patience)
+        launch(p2p.collect, desk, message, job, capacity)
         self._compute(job, capacity, self._partials[:capacity])
-        launch(p2p.return_partials, self._partials, job, self._boxes, self._flags, self._words, self._ring.done_address,
-               capacity)  # fmt: skip
+        launch(p2p.return_partials, self._partials, job, self._boxes, self._flags, desk, capacity)

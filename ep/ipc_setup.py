@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from ep.ipc_jobs import IpcLimits
 from ep.ipc_options import IpcOptions
-from ep.ipc_server import IpcLimits
 from ep.kernels.p2p_layout import MessageShape
 from ep.model import ModelSpec
 from ep.transport.host_device import HostDevice
@@ -15,6 +17,11 @@ MESSAGE_TOKENS = 2048
 """Tokens of one message at most: larger batches go out in parts, and the buffers of every pair are sized for these."""
 HOST_NAP_S = 1e-4
 """An idle shard on a CPU leaves its core to the others, which a shard beside a GPU need not."""
+DEPTH, LINGER_S, PATIENCE = 8, 5e-3, 1 << 13
+"""Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another. A look takes
+somewhat less than a microsecond."""
+HOSTED_NAP_S = 5e-5
+"""A shard in a router's process leaves the interpreter to the router; meanwhile the jobs that wait on the GPU serve."""
 
 
 def message_shape(spec: ModelSpec, options: IpcOptions, device: torch.device) -> MessageShape:
@@ -35,8 +42,9 @@ def open_device(device: torch.device, own_stream: bool = False) -> IpcDevice:
     return HostDevice() if device.type == "cpu" else GpuDevice(device.index, own_stream)
 
 
-def limits(device: torch.device) -> IpcLimits:
-    """Of a shard that computes there."""
+def limits(device: torch.device, is_hosted: bool = False) -> IpcLimits:
+    """Of a shard that computes there. is_hosted: in a router's process."""
     if device.type == "cpu":
         return IpcLimits(job_tokens=2 * MESSAGE_TOKENS, graph_tokens=0, nap_s=HOST_NAP_S)
-    return IpcLimits(job_tokens=2 * MESSAGE_TOKENS)
+    waiting = IpcLimits(job_tokens=2 * MESSAGE_TOKENS, depth=DEPTH, linger_s=LINGER_S, patience=PATIENCE)
+    return replace(waiting, spin_s=0.0, nap_s=HOSTED_NAP_S) if is_hosted else waiting

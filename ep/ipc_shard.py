@@ -17,8 +17,8 @@ from ep.transport.mailbox import MailboxBlock
 
 class IpcShard:
     """Serves from when it is made, on a thread and, on a GPU, a stream of its own. on_failure: called when that thread
-    has ended by an error. Raises OptionError for what the kernels do not support, TransportError for mailboxes of other
-    dimensions."""
+    has ended by an error; is_hosted: in a router's process. Raises OptionError for what the kernels do not support,
+    TransportError for mailboxes of other dimensions."""
 
     def __init__(
         self,
@@ -26,8 +26,9 @@ class IpcShard:
         options: IpcOptions,
         device: torch.device,
         on_failure: Callable[[], None] | None = None,
+        is_hosted: bool = False,
     ) -> None:
-        placement, bounds = shard.placement, limits(device)
+        placement, bounds = shard.placement, limits(device, is_hosted)
         self._block = MailboxBlock.open(options.block, options.num_routers, placement.num_shards)
         self._server = IpcServer(
             open_device(device, own_stream=True),
@@ -45,6 +46,10 @@ class IpcShard:
     def attach(self, handles: RouterHandles) -> ShardHandles:
         """From now on this router is served. Raises TransportError, RuntimeError (IpcServer.attach)."""
         return self._server.attach(handles)
+
+    def refresh(self) -> None:
+        """The shard serves other generations now; when this returns its device knows."""
+        self._server.refresh()
 
     def status(self) -> dict[str, Any]:
         """In the words of ShardStats. buffer_bytes: of the device's memory, the routers' inboxes included."""

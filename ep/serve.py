@@ -29,6 +29,9 @@ from ep.vllm_flags import check_supported, tensor_parallel_size, vllm_flags
 if TYPE_CHECKING:
     from ep.cluster.launch import Launch
 
+_HARDWARE_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "GPU_MAX_HW_QUEUES": "16"}
+"""CUDA's and HIP's names. Two streams that share a queue wait for each other, also for a kernel that waits itself."""
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -155,6 +158,8 @@ def default_shards() -> int:
 
 
 def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Terminal) -> None:
+    # An engine that is forked has this process's connection to Ray without the threads that serve it.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     vllm = _InBackground(_import_server)
     from ep.cluster import session as sessions
     from ep.cluster.launch import Launch, LaunchOptions
@@ -259,10 +264,10 @@ def _see_log(terminal: Terminal) -> str:
 
 def _router_environment() -> dict[str, str]:
     """What a router's process must share with this one; a joined cluster's workers have `ray start`'s environment."""
-    prefixes = ("VLLM_", "HF_", "TORCHINDUCTOR_", "TRANSFORMERS_")
+    prefixes = ("VLLM_", "HF_", "TORCHINDUCTOR_", "TRANSFORMERS_", *_HARDWARE_QUEUES)
     shared = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
     # vLLM 0.32 cannot load back what it compiled ahead of time on CPU; torch's own cache serves later starts instead.
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_AOT_COMPILE": "0"} | shared
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_AOT_COMPILE": "0"} | _HARDWARE_QUEUES | shared
 
 
 def _import_server() -> Any:

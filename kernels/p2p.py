@@ -1,9 +1,10 @@
 """Router and shards on GPUs of one node that write into each other's memory: the kernels of one round trip.
 
     router   plan ─> put ─────────────────────────────────────────> wait ─> combine
-                      └─ rows ─> inboxes, header ─> mailboxes        ^
-    shard              (a host thread sees it)  collect ─> experts ─> return: partials, flags
+                      └─ rows, header ─> inboxes                     ^
+    shard                       take ─> collect ─> experts ─> return ┴ partials, flags
 
+A shard's job may be launched before the message is there that it takes: ep/ipc_server.py keeps some of them ahead.
 Static shapes, counts that live on the device, no allocation, no word from a host: all of it may be captured in graphs.
 One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has torch twins.
 
@@ -23,7 +24,7 @@ import triton.language as tl
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p_layout import MessageShape
 from ep.kernels.p2p_router import combine_kernel, plan_kernel, put_kernel, wait_kernel
-from ep.kernels.p2p_shard import collect_kernel, return_kernel
+from ep.kernels.p2p_shard import collect_kernel, return_kernel, take_kernel
 from ep.kernels.quant import fp8_max
 from ep.kernels.reference import MIN_AMAX, TOKEN_BLOCK
 
@@ -33,6 +34,8 @@ WINDOW = 512
 """Tokens among which an expert's pairs are dealt to its replicas in turn."""
 PATIENCE, SLOW = 64, 4096
 """Polls of a wait between looks at the abort word, and after which it says that it waits (about 3 ms)."""
+LOOK = 64
+"""Polls of a job that waits for a message between looks at its host's word."""
 COMBINE_BLOCK = 1024
 
 TRITON_DTYPES = {
@@ -130,7 +133,7 @@ def put_tokens(
     mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int, slots_per_shard: int,
 ) -> None:  # fmt: skip
     """Writes each row, quantised once, with its slots and weights into the inbox of every shard that it goes to; then a
-    header into the mailbox of every shard that got any.
+    header behind the rows of every shard that got any, and into its mailbox for the host.
 
     x [T, H] bf16, contiguous columns; weights [T, K] float32; inboxes and mailboxes [S] int64: addresses. Does nothing
     after a wait was given up.
@@ -140,11 +143,12 @@ def put_tokens(
     put_kernel[(num_rows,)](
         x, weights, plan.slots, plan.position, plan.counts, inboxes, mailboxes, words, x.stride(0), layer_pos,
         slots_per_shard, position_stride, message.scales_offset, message.slot_ids_offset, message.weights_offset,
-        HIDDEN=message.hidden, COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), GROUP=TOKEN_BLOCK,
-        TOP_K=top_k, PAD_K=triton.next_power_of_2(top_k), SHARDS=num_shards, PAD_S=triton.next_power_of_2(num_shards),
-        DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
+        message.header_offset, HIDDEN=message.hidden, COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK),
+        GROUP=TOKEN_BLOCK, TOP_K=top_k, PAD_K=triton.next_power_of_2(top_k), SHARDS=num_shards,
+        PAD_S=triton.next_power_of_2(num_shards), DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
         FP8_MAX=fp8_max(message.dtype) if message.quantized else 0.0, MIN_AMAX=MIN_AMAX, SEQ=layout.SEQ,
-        FAILED=layout.FAILED, SENT=layout.SENT, num_warps=8,
+        FAILED=layout.FAILED, SENT=layout.SENT, GENERATION=layout.GENERATION, TOKENS_AT=layout.TOKENS_AT,
+        GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, num_warps=8,
     )  # fmt: skip
 
 
@@ -182,7 +186,7 @@ def combine_partials(
 
 @dataclass(frozen=True)
 class Job:
-    """What `collect` makes of the newest job, for the experts' kernels and for `return_partials`. C: capacity.
+    """What `take` and `collect` make of waiting messages, for the experts' kernels and `return_partials`. C: capacity.
 
     rows [C, H] in the message's dtype, scales [C, H/128] float32 where it has scales, slot_ids [C, K] int32, weights
     [C, K] float32, job [JOB_WORDS], layer_idx and num_tokens [1] int32.
@@ -209,37 +213,72 @@ class Job:
                    ints(layout.JOB_WORDS), ints(1), ints(1))  # fmt: skip
 
 
-def collect(
-    ring_address: int, ring_size: int, inboxes: torch.Tensor, words: torch.Tensor, message: MessageShape, job: Job,
-    capacity: int,
-) -> None:  # fmt: skip
-    """Reads the next job (words[JOB]) from the ring in host memory [ring_size, JOB_WORDS] int32, ring_size a power of
-    two, and gathers its rows, up to `capacity`, from the routers' inboxes (addresses [N] int64)."""
+@dataclass(frozen=True)
+class Desk:
+    """Where a shard's jobs find their messages. inboxes [N] int64: addresses, 0 for a router that is not there. served
+    [MAX_SERVED] int32: generations modulo NUM_GENERATIONS, -1 for none. taken [N, 3] int32: of each router the last
+    message that was taken whole, the last of which some was taken, and how many rows of that. words [NUM_WORDS] int32.
+    host_address: the shard's words in host memory."""
+
+    inboxes: torch.Tensor
+    served: torch.Tensor
+    taken: torch.Tensor
+    words: torch.Tensor
+    host_address: int
+
+    @classmethod
+    def allocate(cls, num_routers: int, device: torch.device, host_address: int) -> Desk:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        inboxes = torch.zeros(num_routers, dtype=torch.int64, device=device)
+        return cls(inboxes, ints(layout.MAX_SERVED) - 1, ints(num_routers, 3), ints(layout.NUM_WORDS), host_address)
+
+
+def take(desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int) -> None:
+    """Makes a job of at most `capacity` rows: of the next message in turn, with what else waits for its layer.
+
+    Looks at most `patience` times for one, only once after a job that found none or when the host says so; a job of no
+    rows is the result then. Messages of other generations, layers or lengths are left for the host to refuse.
+    """
+    num_routers = len(desk.inboxes)
+    take_kernel[(1,)](
+        desk.inboxes, desk.served, desk.taken, desk.words, desk.host_address, job.job, job.layer_idx, job.num_tokens,
+        message.header_offset, capacity, message.max_tokens, num_layers, patience, ROUTERS=num_routers,
+        PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, PARTS=layout.MAX_JOINED,
+        NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP, JOB_TOKENS=layout.JOB_TOKENS,
+        JOB_LAYER=layout.JOB_LAYER, JOB_ROUTERS=layout.JOB_ROUTERS, TOKENS_AT=layout.TOKENS_AT,
+        GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS,
+        GENERATIONS=layout.NUM_GENERATIONS, LAYERS=layout.MAX_LAYERS, num_warps=1,
+    )  # fmt: skip
+
+
+def collect(desk: Desk, message: MessageShape, job: Job, capacity: int) -> None:
+    """Gathers the job's rows, up to `capacity`, from the routers' inboxes."""
     collect_kernel[(capacity,)](
-        ring_address, inboxes, words, job.rows, job.scales, job.slot_ids, job.weights, job.job, job.layer_idx,
-        job.num_tokens, ring_size, message.scales_offset, message.slot_ids_offset, message.weights_offset,
-        HIDDEN=message.hidden, PAD_H=triton.next_power_of_2(message.hidden), GROUP=TOKEN_BLOCK,
+        job.job, desk.inboxes, job.rows, job.scales, job.slot_ids, job.weights, message.scales_offset,
+        message.slot_ids_offset, message.weights_offset, HIDDEN=message.hidden,
+        PAD_H=triton.next_power_of_2(message.hidden), GROUP=TOKEN_BLOCK,
         COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), TOP_K=message.top_k,
-        PAD_K=triton.next_power_of_2(message.top_k), QUANTIZED=message.quantized, JOINED=layout.MAX_JOINED,
-        WORDS=layout.JOB_WORDS, JOB=layout.JOB, JOB_TOKENS=layout.JOB_TOKENS, JOB_LAYER=layout.JOB_LAYER,
+        PAD_K=triton.next_power_of_2(message.top_k), QUANTIZED=message.quantized, PARTS=layout.MAX_JOINED,
         JOB_ROUTERS=layout.JOB_ROUTERS, num_warps=8,
     )  # fmt: skip
 
 
 def return_partials(
-    partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, words: torch.Tensor, done_address: int,
-    capacity: int,
-) -> None:  # fmt: skip
+    partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, desk: Desk, capacity: int
+) -> None:
     """Writes each row of partials [C, H] into its router's return box, then raises the flags of the messages that are
-    complete, counts the job in words[JOB] and writes that count to host memory.
+    complete, and tells the host what is done.
 
     boxes and flags [N] int64: addresses of this shard's partials and of its flag in each router's return box.
     """
     hidden = partials.shape[1]
     return_kernel[(capacity,)](
-        partials, job.job, boxes, flags, words, done_address, HIDDEN=hidden, PAD_H=triton.next_power_of_2(hidden),
-        JOINED=layout.MAX_JOINED, JOB=layout.JOB, RETURNED=layout.RETURNED, JOB_ROUTERS=layout.JOB_ROUTERS,
-        num_warps=8,
+        partials, job.job, boxes, flags, desk.words, desk.host_address, HIDDEN=hidden,
+        PAD_H=triton.next_power_of_2(hidden), PARTS=layout.MAX_JOINED, JOB=layout.JOB, RETURNED=layout.RETURNED,
+        COUNTED=layout.COUNTED, NUM_COUNTS=layout.NUM_COUNTS, DONE=layout.DONE, ANSWERED=layout.ANSWERED,
+        JOB_ROUTERS=layout.JOB_ROUTERS, num_warps=8,
     )  # fmt: skip
 
 

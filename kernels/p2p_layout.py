@@ -3,11 +3,12 @@
 Shapes: T tokens (most of one message), K choices per token, H hidden, S shards, L MoE layers, E logical experts,
 N routers.
 
-    inbox, on the shard's GPU, for each router:  rows [T, H] | scales [T, H/128] | slot ids [T, K] | weights [T, K]
+    inbox, on the shard's GPU, for each router:  rows [T, H] | scales [T, H/128] | slot ids [T, K] | weights [T, K] |
+                                                 header: number, tokens, generation and layer of the newest message
     return box, on the router's GPU:             a flag for each shard | partials [S, T, H]
-    mailbox, 8 bytes of host memory for each router and shard:  number, layer and tokens of the newest message
+    mailbox, 8 bytes of host memory for each router and shard:  the header once more, for the shard's host
 
-A message is published by one 8-byte store of its header: whoever sees it sees all of the message.
+A message is published by one 8-byte store of its header into the inbox: whoever sees it sees all of the message.
 """
 
 from __future__ import annotations
@@ -23,15 +24,29 @@ LINE = 128
 
 ALIGNMENT = 256
 
-SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, PLANNED, SENT = (slot * (LINE // 4) for slot in range(7))
+SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, PLANNED, SENT, GENERATION = (slot * (LINE // 4) for slot in range(8))
 """Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last message's number. STEP: the step's number,
 from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was given up.
-The others count programs."""
+GENERATION: of the placement that it routes by. The others count programs."""
 
-JOB, RETURNED = 0, LINE // 4
-"""Places in a shard's words [NUM_WORDS] int32 on its device: jobs begun so far, and a count of programs."""
+JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED = (slot * (LINE // 4) for slot in range(6))
+"""Places in a shard's words [NUM_WORDS] int32 on its device. JOB: jobs that have ended. RETURNED: a count of programs.
+NEXT: the router that is looked at first. IDLE: 1 after a job that found no message. COUNTED: from here on NUM_COUNTS
+sums. POLLED: the twin's looks for a message."""
 
-NUM_WORDS = 7 * (LINE // 4)
+NUM_WORDS = 8 * (LINE // 4)
+
+JOBS, MESSAGES, JOINED, TOKENS = range(4)
+"""What is summed up: jobs that found messages, messages that are answered, parts of jobs that had several, rows."""
+NUM_COUNTS = 4
+
+STOP, DONE, ANSWERED = 0, LINE // 4, 2 * (LINE // 4)
+"""Places in a shard's words in host memory [shard_words(N)] int32. STOP: set by its host, ends jobs that wait for a
+message. DONE: jobs that have ended, and behind it the sums. ANSWERED: from here on the newest message of each router
+that is answered."""
+
+MAX_SERVED = 8
+"""Generations that a shard may serve at a time."""
 
 ABORT, FAILED_STEP, WAITING_SEQ, DONE_SEQ = (slot * (LINE // 4) for slot in range(4))
 """Places in a router's words in host memory [ROUTER_WORDS] int32, each in its own line. ABORT: set by hosts, ends its
@@ -41,15 +56,17 @@ WAITING_SEQ, DONE_SEQ: a wait that is slow says so, and that it is over."""
 LATE = 4 * (LINE // 4)
 """From here on one word per shard: 1 if its answer was missing when a wait was given up."""
 
-MAX_LAYERS, MAX_MESSAGE_TOKENS = 1 << 11, 1 << 20
-"""What a header has room for."""
+TOKENS_AT, GENERATION_AT, LAYER_AT = 32, 45, 53
+"""The first bits in a header of what follows the number."""
+MAX_MESSAGE_TOKENS, NUM_GENERATIONS, MAX_LAYERS = 1 << 13, 1 << 8, 1 << 11
+"""What a header has room for; generations are counted modulo NUM_GENERATIONS there."""
 
 MAX_JOINED = 8
 """Messages that one job of a shard may join."""
 
-JOB_TOKENS, JOB_LAYER, JOB_IDX, JOB_ROUTERS = 0, 1, 2, 4
-"""Places in a job [JOB_WORDS] int32: its tokens and layer, its number, then MAX_JOINED routers (-1 for none), their
-first rows, numbers of rows, messages' numbers, and whether this job ends their message."""
+JOB_TOKENS, JOB_LAYER, JOB_ROUTERS = 0, 1, 4
+"""Places in a job [JOB_WORDS] int32: its tokens and layer, then MAX_JOINED routers (-1 for none), their first rows,
+numbers of rows, messages' numbers, and whether this job ends their message."""
 
 JOB_WORDS = 64
 
@@ -60,23 +77,36 @@ def router_words(num_shards: int) -> int:
     return LATE + lines * (LINE // 4)
 
 
-def pack_header(seq: int, layer_pos: int, num_tokens: int) -> int:
-    """As the kernels do."""
-    return (layer_pos << 52) | (num_tokens << 32) | (seq & 0xFFFFFFFF)
+def shard_words(num_routers: int) -> int:
+    """Words of one shard in host memory."""
+    return ANSWERED + -(-num_routers * 4 // LINE) * (LINE // 4)
+
+
+def pack_header(seq: int, layer_pos: int, num_tokens: int, generation: int = 0) -> int:
+    """As the kernels do; an int64."""
+    word = (layer_pos << LAYER_AT) | (generation % NUM_GENERATIONS << GENERATION_AT) | (num_tokens << TOKENS_AT)
+    word |= seq & 0xFFFFFFFF
+    return word - ((word & 1 << 63) << 1)
 
 
 @dataclass(frozen=True)
 class Header:
-    """seq wraps around at 2^31, as int32."""
+    """seq wraps around at 2^31, as int32; generation at NUM_GENERATIONS."""
 
     seq: int
     layer_pos: int
     num_tokens: int
+    generation: int = 0
 
     @classmethod
     def unpack(cls, word: int) -> Header:
         low = word & 0xFFFFFFFF
-        return cls(low - ((low & 0x80000000) << 1), word >> 52, (word >> 32) & 0xFFFFF)
+        return cls(
+            low - ((low & 0x80000000) << 1),
+            word >> LAYER_AT & MAX_LAYERS - 1,
+            word >> TOKENS_AT & MAX_MESSAGE_TOKENS - 1,
+            word >> GENERATION_AT & NUM_GENERATIONS - 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,8 +149,12 @@ class MessageShape:
         return self.slot_ids_offset + _align(self.max_tokens * self.top_k * 4)
 
     @property
-    def inbox_bytes(self) -> int:
+    def header_offset(self) -> int:
         return self.weights_offset + _align(self.max_tokens * self.top_k * 4)
+
+    @property
+    def inbox_bytes(self) -> int:
+        return self.header_offset + ALIGNMENT
 
     @property
     def partial_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """The torch twins of kernels/p2p.py for memory of this process: the same arguments, the same bits. Written to be read.
 
-Addresses are followed as the kernels follow them. `wait_partials` looks once and says whether the wait is over.
+Addresses are followed as the kernels follow them. `wait_partials` and `take` look once and say whether their wait is
+over.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import WINDOW, Job, Plan, Tables
-from ep.kernels.p2p_layout import MessageShape, pack_header
+from ep.kernels.p2p import WINDOW, Desk, Job, Plan, Tables
+from ep.kernels.p2p_layout import Header, MessageShape, pack_header
 from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
 
 
@@ -113,8 +114,9 @@ def put_tokens(
         is_here = (slots >= shard * slots_per_shard) & (slots < (shard + 1) * slots_per_shard)
         inbox.slot_ids[:count] = torch.where(is_here, slots - shard * slots_per_shard, -1)
         inbox.weights[:count] = weights[token]
-        header = pack_header(int(words[layout.SEQ]), layer_pos, count)
-        at_address(int(mailboxes[shard]), (1,), torch.int64)[0] = header
+        header = pack_header(int(words[layout.SEQ]), layer_pos, count, int(words[layout.GENERATION]))
+        for address in (int(inboxes[shard]) + message.header_offset, int(mailboxes[shard])):
+            at_address(address, (1,), torch.int64)[0] = header
 
 
 def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int) -> bool:
@@ -150,16 +152,61 @@ def combine_partials(
     out.copy_(total)
 
 
-def collect(
-    ring_address: int, ring_size: int, inboxes: torch.Tensor, words: torch.Tensor, message: MessageShape, job: Job,
-    capacity: int,
-) -> None:  # fmt: skip
-    ring = at_address(ring_address, (ring_size, layout.JOB_WORDS), torch.int32)
-    job.job.copy_(ring[int(words[layout.JOB]) % ring_size])
-    job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], job.job[layout.JOB_TOKENS]
+def take(desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int) -> bool:
+    waiting = [(router, header) for router, header in _headers(desk, message) if _is_waiting(desk, message, num_layers,
+               router, header)]  # fmt: skip
+    host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
+    words = desk.words
+    if not waiting and not words[layout.IDLE] and not host[layout.STOP] and words[layout.POLLED] + 1 < patience:
+        words[layout.POLLED] += 1
+        return False
+    words[layout.POLLED] = 0
+    waiting.sort(key=lambda one: (one[0] - int(words[layout.NEXT])) % len(desk.inboxes))
+    job.job.zero_()
+    table = job.job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * layout.MAX_JOINED].view(5, layout.MAX_JOINED)
+    table[0] = -1
+    total, parts, answered = 0, 0, 0
+    lead = waiting[:1]
+    for router, header in lead + sorted(waiting[1:], key=lambda one: one[0]):
+        _, part_seq, part_rows = desk.taken[router].tolist()
+        first = part_rows if part_seq == header.seq else 0
+        rows = min(header.num_tokens - first, capacity - total)
+        if header.layer_pos != lead[0][1].layer_pos or not rows or parts == layout.MAX_JOINED:
+            continue
+        is_last = first + rows == header.num_tokens
+        table[:, parts] = torch.tensor([router, first, rows, header.seq, is_last])
+        desk.taken[router, 1:] = torch.tensor([header.seq, first + rows])
+        if is_last:
+            desk.taken[router, 0] = header.seq
+        total, parts, answered = total + rows, parts + 1, answered + is_last
+    if lead:
+        words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
+        job.job[layout.JOB_LAYER] = lead[0][1].layer_pos
+    job.job[layout.JOB_TOKENS] = total
+    job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], total
+    words[layout.IDLE] = int(not lead)
+    counted = words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
+    counted += torch.tensor([len(lead), answered, parts if parts > 1 else 0, total], dtype=torch.int32)
+    return True
+
+
+def _headers(desk: Desk, message: MessageShape) -> Iterator[tuple[int, Header]]:
+    """Of the routers that are there."""
+    for router, inbox in enumerate(desk.inboxes.tolist()):
+        if inbox:
+            yield router, Header.unpack(int(at_address(inbox + message.header_offset, (1,), torch.int64)))
+
+
+def _is_waiting(desk: Desk, message: MessageShape, num_layers: int, router: int, header: Header) -> bool:
+    is_new = header.num_tokens > 0 and header.seq != int(desk.taken[router, 0])
+    is_known = header.generation in desk.served.tolist()
+    return is_new and is_known and header.num_tokens <= message.max_tokens and header.layer_pos < num_layers
+
+
+def collect(desk: Desk, message: MessageShape, job: Job, capacity: int) -> None:
     start = 0
     for router, first, count, _, _ in _entries(job):
-        inbox = Inbox.at(int(inboxes[router]), message)
+        inbox = Inbox.at(int(desk.inboxes[router]), message)
         ours, theirs = slice(start, start + count), slice(first, first + count)
         job.rows[ours] = inbox.rows[theirs]
         if job.scales is not None and inbox.scales is not None:
@@ -171,10 +218,10 @@ def collect(
 
 
 def return_partials(
-    partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, words: torch.Tensor, done_address: int,
-    capacity: int,
-) -> None:  # fmt: skip
+    partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, desk: Desk, capacity: int
+) -> None:
     start, hidden = 0, partials.shape[1]
+    host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
     entries = list(_entries(job))
     for router, first, count, _, _ in entries:
         box = at_address(int(boxes[router]), (first + count, hidden), partials.dtype)
@@ -183,8 +230,11 @@ def return_partials(
     for router, _, _, seq, is_last in entries:
         if is_last:
             at_address(int(flags[router]), (1,), torch.int32)[0] = seq
-    words[layout.JOB] += 1
-    at_address(done_address, (1,), torch.int32)[0] = words[layout.JOB]
+            host[layout.ANSWERED + router] = seq
+    done, counted = layout.DONE + 1, desk.words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
+    host[done : done + layout.NUM_COUNTS] = counted
+    desk.words[layout.JOB] += 1
+    host[layout.DONE] = desk.words[layout.JOB]
 
 
 def _entries(job: Job) -> Iterator[tuple[int, ...]]:

@@ -82,12 +82,13 @@ def plan_kernel(
 @triton.jit(do_not_specialize=["layer_pos", "slots_per_shard", "position_stride"])
 def put_kernel(
     x_ptr, weights_ptr, slots_ptr, position_ptr, counts_ptr, inboxes_ptr, mailboxes_ptr, words_ptr, x_stride,
-    layer_pos, slots_per_shard, position_stride, scales_offset, slot_ids_offset, weights_offset,
+    layer_pos, slots_per_shard, position_stride, scales_offset, slot_ids_offset, weights_offset, header_offset,
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, PAD_K: tl.constexpr,
     SHARDS: tl.constexpr, PAD_S: tl.constexpr, DTYPE: tl.constexpr, QUANTIZE: tl.constexpr, FP8_MAX: tl.constexpr,
-    MIN_AMAX: tl.constexpr, SEQ: tl.constexpr, FAILED: tl.constexpr, SENT: tl.constexpr,
+    MIN_AMAX: tl.constexpr, SEQ: tl.constexpr, FAILED: tl.constexpr, SENT: tl.constexpr, GENERATION: tl.constexpr,
+    TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr,
 ):  # fmt: skip
-    """One program per token; the last one publishes."""
+    """One program per token; the last one publishes: to the shard's device, then to its host."""
     if tl.load(words_ptr + FAILED) != 0:
         return
     token = tl.program_id(0).to(tl.int64)
@@ -128,9 +129,13 @@ def put_kernel(
         tl.store(words_ptr + SENT, 0)
         count = tl.load(counts_ptr + shard, mask=shard < SHARDS, other=0)
         mailbox = tl.load(mailboxes_ptr + shard, mask=count > 0, other=0).to(tl.pointer_type(tl.int64))
-        seq = tl.load(words_ptr + SEQ).to(tl.int64) & 0xFFFFFFFF
-        header = (layer_pos.to(tl.int64) << 52) | (count.to(tl.int64) << 32) | seq
-        tl.atomic_xchg(mailbox, header, mask=count > 0, sem="release", scope="sys")
+        inbox = tl.load(inboxes_ptr + shard, mask=count > 0, other=0)
+        header = tl.load(words_ptr + SEQ).to(tl.int64) & 0xFFFFFFFF
+        header |= tl.load(words_ptr + GENERATION).to(tl.int64) << GENERATION_AT
+        header |= (layer_pos.to(tl.int64) << LAYER_AT) | (count.to(tl.int64) << TOKENS_AT)
+        place = (inbox + header_offset).to(tl.pointer_type(tl.int64))
+        tl.atomic_xchg(place, header, mask=count > 0, sem="release", scope="sys")
+        tl.atomic_xchg(mailbox, header, mask=count > 0, sem="relaxed", scope="sys")
 
 
 @triton.jit(do_not_specialize=["host_address"])

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from ep.bench.ipc_shards import BenchShard, FixedPartials, ProcessShard, ShardSe
 from ep.bench.nccl_pair import NcclPair
 from ep.bench.result import publish
 from ep.errors import OptionError, TransportError
-from ep.ipc_server import IpcLimits
+from ep.ipc_setup import limits
 from ep.kernels import p2p_reference
 from ep.kernels.devices import current_device
 from ep.kernels.p2p import Plan
@@ -97,7 +98,8 @@ class _Rig:
         most = max(options.tokens)
         dtype = current_device(0).fp8_dtype or torch.bfloat16
         self._message = MessageShape(most, options.hidden_size, TOP_K, dtype)
-        self._limits = IpcLimits(job_tokens=-(-most // 8) * 8, graph_tokens=-(-most // 8) * 8)
+        rows = -(-most // 8) * 8
+        self._limits = replace(limits(torch.device("cuda")), job_tokens=rows, graph_tokens=rows)
         self._stack = ExitStack()
         self._nccl: NcclPair | None = None
 
@@ -153,7 +155,7 @@ class _Rig:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             layers(plan.layers)
         before = [shard.stats() for shard in self._shards]
-        launched = [(stats.jobs, stats.launch_ns) for stats in before]
+        launched = [(stats.launches, stats.launch_ns) for stats in before]
         times = []
         if self._nccl is not None:
             self._nccl.prepare(num_tokens, self._message, plan.layers)
@@ -172,7 +174,7 @@ class _Rig:
         jobs = launch_ns = 0
         for (old_jobs, old_ns), shard in zip(launched, self._shards, strict=True):
             stats = shard.stats()
-            jobs, launch_ns = jobs + stats.jobs - old_jobs, launch_ns + stats.launch_ns - old_ns
+            jobs, launch_ns = jobs + stats.launches - old_jobs, launch_ns + stats.launch_ns - old_ns
         return IpcRoundTrip(
             plan.name,
             plan.num_shards,
@@ -217,7 +219,6 @@ class _Rig:
         """The first shard's thread, asked by this host with messages that it refuses at once: no GPU is involved."""
         found = []
         block, router = self._block, self._router
-        block.generations[0] = -2  # served by nobody
         seq = 1 << 30
         for idle_ms in (0.1, 10.0):
             times = []
@@ -225,14 +226,13 @@ class _Rig:
                 time.sleep(idle_ms / 1e3)
                 seq += 1
                 start = time.perf_counter()
-                block.headers[0, 0] = pack_header(seq, 0, 1)
+                block.headers[0, 0] = pack_header(seq, 0, 1, generation=-1)  # served by nobody
                 while block.refusals[0, 0, 0] != seq:
                     if time.perf_counter() - start > 5:
                         raise TransportError("the shard's thread does not look at its mailboxes")
                 times.append((time.perf_counter() - start) * 1e6)
             p50, p99 = (round(float(np.percentile(times, q)), 2) for q in (50, 99))
             found.append(PollLatency(self._arrangement.name, self._arrangement.num_shards, idle_ms, p50, p99))
-        block.generations[0] = 0
         router.reset()
         return found
 

@@ -13,11 +13,7 @@ Shape legend: T tokens of a call (padding included), H hidden, K top-k, S shards
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -30,15 +26,8 @@ from ep.placement import Placement
 from ep.transport import mailbox
 from ep.transport.ipc_device import IpcDevice
 from ep.transport.ipc_handles import Carried, RouterHandles, ShardHandles
-from ep.transport.liveness import ProcessSentinel
+from ep.transport.ipc_watch import IsLost, WaitWatch
 from ep.transport.mailbox import MailboxBlock
-
-log = logging.getLogger(__name__)
-WATCH_S = 0.05
-"""How often the watchdog looks."""
-
-IsLost = Callable[[int], str | None]
-"""Called with a shard that is awaited: why it will not answer, None if it may."""
 
 
 class IpcTransport:
@@ -74,7 +63,7 @@ class IpcTransport:
         self.num_shards = num_shards
         self.deadline_s = deadline_s
         self.local_shard = local_shard
-        self._device, self._block, self._is_lost = device, block, is_lost
+        self._device, self._block = device, block
         self._host = block.routers[router_idx]
         self._host[:] = 0
         block.refusals[router_idx] = 0
@@ -96,16 +85,13 @@ class IpcTransport:
         num_replicas = torch.ones(size, dtype=torch.int32, device=place)
         self._tables = p2p.Tables(replicas, num_replicas, placement.slots_per_shard)
         self._opened: list[torch.Tensor | None] = [None] * num_shards
-        self._sentinels: dict[int, ProcessSentinel] = {}
+        self._is_closed = False
         self._lost: dict[int, TransportError] = {}
         self._rows = 0
         self.begin_step(message.max_tokens, 0)
         self.set_placement(placement)
         device.synchronize()
-        self._mending = threading.Lock()
-        self._closing = threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, name="ep-ipc-watchdog", daemon=True)
-        self._watchdog.start()
+        self._watch = WaitWatch(router_idx, self._host, num_shards, deadline_s, is_lost, self.abort)
 
     @property
     def buffer_bytes(self) -> int:
@@ -127,7 +113,7 @@ class IpcTransport:
         self._inboxes[shard_idx] = inbox.data_ptr()
         self._device.synchronize()
         self._opened[shard_idx] = inbox
-        self._watch_process(shard_idx, handles.pid)
+        self._watch.watch_process(shard_idx, handles.pid)
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Before the first dispatch: these are reached in another way and get no messages."""
@@ -150,6 +136,8 @@ class IpcTransport:
         slots[:, :, : there.shape[2]] = np.where(lookup.shard_idx >= 0, there, -1)
         tables.replicas.copy_(torch.from_numpy(slots))
         tables.num_replicas.copy_(torch.from_numpy(lookup.num_replicas.copy()))
+        generation = placement.generation % layout.NUM_GENERATIONS
+        self._words[layout.GENERATION : layout.GENERATION + 1].fill_(generation)
         self._block.generations[self.router_idx] = placement.generation
 
     def begin_step(self, num_tokens: int, num_decode: int, step: int = 1) -> None:
@@ -241,7 +229,7 @@ class IpcTransport:
         broken = (self._block.refusals[self.router_idx, :, 1] == mailbox.BROKEN).nonzero()[0].tolist()
         lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken} | self._lost
         for shard_idx in range(self.num_shards):
-            if shard_idx not in lost and (reason := self._find_loss(shard_idx)) is not None:
+            if shard_idx not in lost and (reason := self._watch.find_loss(shard_idx)) is not None:
                 lost[shard_idx] = ShardLostError(shard_idx, reason)
         return {**self._late(), **lost}
 
@@ -262,7 +250,7 @@ class IpcTransport:
         self._device.synchronize()
         self._words[layout.FAILED : layout.FAILED + 1].zero_()
         self._device.synchronize()
-        with self._mending:
+        with self._watch.lock:
             self._block.refusals[self.router_idx] = 0
             self._lost.clear()
             self._host[layout.LATE : layout.LATE + self.num_shards] = 0
@@ -278,14 +266,12 @@ class IpcTransport:
 
     def close(self) -> None:
         """Gives up what is awaited. No shard may answer any more."""
-        if self._closing.is_set():
+        if self._is_closed:
             return
+        self._is_closed = True
         self._host[layout.ABORT] = 1
-        self._closing.set()
-        self._watchdog.join()
+        self._watch.close()
         self._device.synchronize()
-        for sentinel in self._sentinels.values():
-            sentinel.close()
         self._opened = [None] * self.num_shards
         self._device.unmap_host(self._block.address)
 
@@ -300,48 +286,6 @@ class IpcTransport:
         shards = self._box[message.partials_offset(self.num_shards) :].view(self.num_shards, message.partial_bytes)
         rows = shards.view(message.partial_dtype)[:, : message.max_tokens * message.hidden]
         return rows.unflatten(1, (message.max_tokens, message.hidden))
-
-    def _watch(self) -> None:
-        """Sets the abort word for a wait whose shard is lost or late."""
-        try:
-            seq, since = None, 0.0
-            while not self._closing.wait(WATCH_S):
-                with self._mending:
-                    waiting = int(self._host[layout.WAITING_SEQ])
-                    if waiting == self._host[layout.DONE_SEQ] or self.is_disturbed:
-                        seq = None
-                        continue
-                    if waiting != seq:
-                        seq, since = waiting, time.monotonic()
-                    self._look(time.monotonic() - since)
-        except BaseException:
-            self._host[layout.ABORT] = 1  # rather than to wait unwatched
-            raise
-
-    def _look(self, waited_s: float) -> None:
-        for shard_idx in range(self.num_shards):
-            reason = self._find_loss(shard_idx)
-            if reason is not None:
-                log.warning("router %d: shard %d is lost: %s", self.router_idx, shard_idx, reason)
-                self.abort(shard_idx, reason)
-        if waited_s > self.deadline_s:
-            log.warning("router %d: no answer within %g s", self.router_idx, self.deadline_s)
-            self._host[layout.ABORT] = 1
-
-    def _find_loss(self, shard_idx: int) -> str | None:
-        """Why this shard will not answer any more, as far as can be told."""
-        sentinel = self._sentinels.get(shard_idx)
-        if sentinel is not None and sentinel.has_ended():
-            return f"its process {sentinel.pid} ended"
-        return None if self._is_lost is None else self._is_lost(shard_idx)
-
-    def _watch_process(self, shard_idx: int, pid: int) -> None:
-        """In place of the process that was watched before."""
-        before = self._sentinels.pop(shard_idx, None)
-        if pid != os.getpid():
-            self._sentinels[shard_idx] = ProcessSentinel(pid)
-        if before is not None:
-            before.close()
 
 
 def _refusal(code: int, value: int) -> str:

@@ -13,7 +13,8 @@ import torch
 from ep.bench.ipc_shards import BenchShard, ProcessShard, ShardSetup, ThreadShard
 from ep.compute.ipc_experts import IpcExperts
 from ep.errors import DeadlineError, ShardFailedError, ShardLostError
-from ep.ipc_server import IpcLimits, IpcServer
+from ep.ipc_jobs import IpcLimits
+from ep.ipc_server import IpcServer
 from ep.kernels import reference
 from ep.kernels.devices import current_device
 from ep.kernels.p2p_layout import MessageShape
@@ -24,7 +25,7 @@ from ep.transport.mailbox import MailboxBlock
 from tests.gpu.ipc_shard import ScaleExperts
 
 HIDDEN, TOP_K, EXPERTS, LAYERS, MAX_TOKENS = 1024, 4, 8, 3, 64
-LIMITS = IpcLimits(job_tokens=64, graph_tokens=16)
+LIMITS = IpcLimits(job_tokens=64, graph_tokens=16, depth=4, linger_s=5e-3, patience=1 << 13)
 
 
 @dataclass

@@ -21,8 +21,11 @@ def assert_same(ours: World, twins: World, num_rows: int) -> None:
     for name in ("slots", "local_slots", "counts"):
         assert torch.equal(getattr(ours.plan, name).cpu(), getattr(twins.plan, name)), name
     assert torch.equal(ours.plan.position[:, :num_rows].cpu(), twins.plan.position[:, :num_rows])
-    for name in ("load", "inbox", "mailboxes", "box", "shard_words", "done"):
+    for name in ("load", "inbox", "mailboxes", "box", "shard_hosts"):
         assert torch.equal(getattr(ours, name).cpu(), getattr(twins, name)), name
+    for our_desk, their_desk in zip(ours.desks, twins.desks, strict=True):
+        for name in ("taken", "words"):
+            assert torch.equal(getattr(our_desk, name).cpu(), getattr(their_desk, name)), name
 
 
 @pytest.mark.parametrize("partial_dtype", [torch.bfloat16, torch.float32])

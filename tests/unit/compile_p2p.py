@@ -23,7 +23,8 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
 }  # fmt: skip
 MODULES = {"plan_kernel": "p2p_router", "put_kernel": "p2p_router", "wait_kernel": "p2p_router",
-           "combine_kernel": "p2p_router", "collect_kernel": "p2p_shard", "return_kernel": "p2p_shard"}  # fmt: skip
+           "combine_kernel": "p2p_router", "take_kernel": "p2p_shard", "collect_kernel": "p2p_shard",
+           "return_kernel": "p2p_shard"}  # fmt: skip
 
 
 class Recorder:
@@ -110,8 +111,10 @@ def _launch_all(message: Any, num_experts: int, num_shards: int) -> None:
     for local in (None, torch.zeros(rows, hidden)):
         p2p.combine_partials(partials, plan, x, local)
     job = p2p.Job.allocate(message, rows, cpu)
-    p2p.collect(1, 64, addresses, words, message, job, rows)
-    p2p.return_partials(partials[0], job, addresses, addresses, words, 1, rows)
+    desk = p2p.Desk.allocate(8, cpu, 1)
+    p2p.take(desk, message, 58, job, rows, 1000)
+    p2p.collect(desk, message, job, rows)
+    p2p.return_partials(partials[0], job, addresses, addresses, desk, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import Job, Plan, Tables
+from ep.kernels.p2p import Desk, Job, Plan, Tables
 from ep.kernels.p2p_layout import Header, MessageShape
 
 HIDDEN = 256
@@ -28,9 +28,8 @@ class World:
     mailboxes: torch.Tensor
     box: torch.Tensor
     jobs: list[Job]
-    rings: torch.Tensor
-    shard_words: torch.Tensor
-    done: torch.Tensor
+    desks: list[Desk]
+    shard_hosts: torch.Tensor
 
     @property
     def num_shards(self) -> int:
@@ -90,15 +89,28 @@ def make_world(
         torch.zeros(num_shards, 1, dtype=torch.int64),
         torch.zeros(message.return_bytes(num_shards), dtype=torch.uint8),
         [Job.allocate(message, max_tokens, torch.device("cpu")) for _ in range(num_shards)],
-        torch.zeros(num_shards, 4, layout.JOB_WORDS, dtype=torch.int32),
-        torch.zeros(num_shards, layout.NUM_WORDS, dtype=torch.int32),
-        torch.zeros(num_shards, 1, dtype=torch.int32),
+        [Desk.allocate(1, torch.device("cpu"), 0) for _ in range(num_shards)],
+        torch.zeros(num_shards, layout.shard_words(1), dtype=torch.int32),
     )
     world.flags[:, 0] = first_seq
-    return world
+    for desk in world.desks:
+        desk.served[0] = GENERATION
+        desk.taken[:, 0] = first_seq
+    world.words[layout.GENERATION] = GENERATION
+    return _at_home(world)
 
 
-IN_HOST_MEMORY = ("host", "mailboxes", "rings", "done")
+GENERATION = 3
+IN_HOST_MEMORY = ("host", "mailboxes", "shard_hosts")
+
+
+def _at_home(world: World) -> World:
+    """The desks' addresses are those of this world."""
+    desks = []
+    for shard, desk in enumerate(world.desks):
+        desk.inboxes[0] = world.inbox[shard].data_ptr()
+        desks.append(replace(desk, host_address=world.shard_hosts[shard].data_ptr()))
+    return replace(world, desks=desks)
 
 
 def copy(world: World, device: str = "cpu") -> World:
@@ -113,13 +125,15 @@ def copy(world: World, device: str = "cpu") -> World:
     tensors = clones(world)
     for name in IN_HOST_MEMORY if device != "cpu" else ():
         tensors[name] = getattr(world, name).clone().pin_memory()
-    return replace(
+    copied = replace(
         world,
         tables=replace(world.tables, **clones(world.tables)),
         plan=replace(world.plan, **clones(world.plan)),
         jobs=[replace(job, **clones(job)) for job in world.jobs],
+        desks=[replace(desk, **clones(desk)) for desk in world.desks],
         **tensors,
     )
+    return _at_home(copied)
 
 
 def run_router(
@@ -140,35 +154,24 @@ def run_router(
 
 
 def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1) -> None:
-    """Every shard that has a message answers it: each row's partial is what its values stand for, times its weights."""
+    """Every shard that has a message answers it, in so many jobs at most: each row's partial is what its values stand
+    for, times its weights."""
     message = world.message
     for shard in range(world.num_shards):
         header = Header.unpack(int(world.mailboxes[shard]))
         if header.seq != seq:
             continue
-        job, words = world.jobs[shard], world.shard_words[shard]
-        post_job(world, shard, header, parts)
-        capacity = header.num_tokens + 1
-        inboxes = world.addresses(world.inbox[shard : shard + 1])
-        ops.collect(world.rings[shard].data_ptr(), 4, inboxes, words, message, job, capacity)
-        values = job.rows.float()
-        if job.scales is not None:
-            values = values * job.scales.repeat_interleave(128, 1)
-        here = torch.where(job.slot_ids >= 0, job.weights, 0)
-        total = sum(here[:, k : k + 1] for k in range(message.top_k))  # in order: the same bits everywhere
-        boxes = world.addresses(world.partials[shard : shard + 1])
-        flags = world.addresses(world.flags[shard : shard + 1])
-        partials = (values * total).to(message.partial_dtype)
-        ops.return_partials(partials, job, boxes, flags, words, world.done[shard].data_ptr(), capacity)
-
-
-def post_job(world: World, shard: int, header: Header, parts: int = 1) -> None:
-    """The newest job of a shard: the router's message, as `parts` pieces, the last of which ends it."""
-    job = world.rings[shard, int(world.shard_words[shard, layout.JOB]) % world.rings.shape[1]]
-    job.zero_()
-    job[layout.JOB_TOKENS], job[layout.JOB_LAYER] = header.num_tokens, header.layer_pos
-    table = job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * layout.MAX_JOINED].view(5, layout.MAX_JOINED)
-    table[0] = -1
-    for part in range(parts):
-        first, end = header.num_tokens * part // parts, header.num_tokens * (part + 1) // parts
-        table[:, part] = torch.tensor([0, first, end - first, header.seq, int(part == parts - 1)])
+        job, desk = world.jobs[shard], world.desks[shard]
+        capacity = -(-header.num_tokens // parts)
+        for _ in range(-(-header.num_tokens // capacity)):
+            ops.take(desk, message, 2, job, capacity, 1)
+            ops.collect(desk, message, job, capacity)
+            values = job.rows.float()
+            if job.scales is not None:
+                values = values * job.scales.repeat_interleave(128, 1)
+            here = torch.where(job.slot_ids >= 0, job.weights, 0)
+            total = sum(here[:, k : k + 1] for k in range(message.top_k))  # in order: the same bits everywhere
+            boxes = world.addresses(world.partials[shard : shard + 1])
+            flags = world.addresses(world.flags[shard : shard + 1])
+            partials = (values * total).to(message.partial_dtype)
+            ops.return_partials(partials, job, boxes, flags, desk, capacity)

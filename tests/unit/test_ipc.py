@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedError, ShardLostError, TransportError
-from ep.ipc_jobs import Waiting, bucket, join
-from ep.ipc_server import IpcLimits, IpcServer
+from ep.ipc_jobs import Demand, IpcLimits, bucket
+from ep.ipc_server import IpcServer
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p_layout import Header
 from ep.placement import Placement, even_split
 from ep.transport.ipc import IpcTransport
 from ep.transport.mailbox import MailboxBlock
@@ -27,6 +26,8 @@ from tests.unit.simulated import SimulatedDevice, SimulatedExperts, factors, mes
 LAYERS, EXPERTS = 3, 8
 PLACEMENT = even_split(LAYERS, EXPERTS, 2)
 LIMITS = IpcLimits(job_tokens=16, graph_tokens=8)
+AHEAD = IpcLimits(job_tokens=16, graph_tokens=8, depth=3, linger_s=1.0, patience=4)
+"""Jobs wait on the device for messages; time stands still."""
 _names = count()
 
 
@@ -40,8 +41,10 @@ def block() -> Iterator[MailboxBlock]:
 class Rig:
     """Shards and routers of one block, connected pairwise."""
 
-    def __init__(self, block: MailboxBlock, num_routers: int = 1, deadline_s: float = 30.0) -> None:
-        self.block = block
+    def __init__(
+        self, block: MailboxBlock, num_routers: int = 1, deadline_s: float = 30.0, limits: IpcLimits = LIMITS
+    ) -> None:
+        self.block, self.limits, self.now = block, limits, 0.0
         self.served = {0}
         self.shard_devices = [SimulatedDevice() for _ in range(2)]
         self.servers = [self.make_server(shard_idx) for shard_idx in range(2)]
@@ -58,8 +61,9 @@ class Rig:
         device = self.shard_devices[shard_idx]
         experts = SimulatedExperts(device, PLACEMENT, shard_idx)
         server = IpcServer(
-            device, self.block, shard_idx, message_shape(), LAYERS, experts, lambda: self.served, LIMITS
-        )
+            device, self.block, shard_idx, message_shape(), LAYERS, experts, lambda: self.served, self.limits,
+            clock=lambda: self.now,
+        )  # fmt: skip
         server.capture()
         return server
 
@@ -80,9 +84,9 @@ class Rig:
             router.close()
 
 
-@pytest.fixture
-def rig(block: MailboxBlock) -> Iterator[Rig]:
-    rig = Rig(block, num_routers=2)
+@pytest.fixture(params=[LIMITS, AHEAD], ids=["asked", "ahead"])
+def rig(block: MailboxBlock, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    rig = Rig(block, num_routers=2, limits=request.param)
     yield rig
     rig.close()
 
@@ -248,7 +252,7 @@ def test_the_watchdog_ends_waits_for_silent_and_for_lost_shards(block: MailboxBl
     rig = Rig(block, deadline_s=0.3)
     router, tokens = rig.routers[0], Tokens.random(4, experts=EXPERTS // 2)
     reasons: dict[int, str] = {}
-    router._is_lost = reasons.get
+    router._watch.is_lost = reasons.get
     for error, text in ((DeadlineError, "shard 0: no answer within 0.3 s"), (ShardLostError, "shard 0: gone")):
         start = time.monotonic()
         tokens.send(router, 0)
@@ -355,28 +359,79 @@ def test_buckets_are_the_smallest_that_fit(num_rows: int) -> None:
     assert bucket(num_rows) == min(size for size in sizes if size >= num_rows)
 
 
+def test_jobs_go_ahead_of_messages_until_there_is_a_pause(rig: Rig) -> None:
+    tokens, router = Tokens.random(5), rig.routers[0]
+    assert not rig.servers[0].poll() and rig.shard_devices[0].is_idle
+    got = tokens.send(router, 0)
+    rig.serve()
+    assert_close(got, tokens.expected(0))
+    is_ahead = rig.limits is AHEAD
+    assert rig.shard_devices[0].is_idle is not is_ahead
+    launches = rig.servers[0].stats.launches
+    got = tokens.send(router, 1)
+    rig.devices[0].run()
+    for device in rig.shard_devices:
+        device.run()
+    rig.devices[0].run()
+    assert rig.devices[0].is_idle is is_ahead  # no host had a part in it
+    assert rig.servers[0].stats.launches == launches
+    rig.serve()
+    router.check()
+    assert_close(got, tokens.expected(1))
+    rig.now += 2.0
+    for _ in range(AHEAD.patience + 4 * AHEAD.depth):  # looks of the first one, then every op of all
+        rig.shard_devices[0].step()
+    assert rig.shard_devices[0].is_idle and not rig.servers[0].poll()
+    got = tokens.send(router, 2)
+    rig.serve()
+    assert_close(got, tokens.expected(2))
+
+
+def test_a_generation_that_is_dropped_is_not_answered_from_then_on(rig: Rig) -> None:
+    router, tokens = rig.routers[0], Tokens.random(6)
+    tokens.send(router, 0)
+    rig.serve()
+    rig.served.clear()
+    rig.served.add(1)
+    for server in rig.servers:
+        server.refresh()
+    tokens.send(router, 1)
+    for device in (*rig.devices, *rig.shard_devices, *rig.devices):
+        device.run()
+    assert not rig.devices[0].is_idle
+    rig.serve()
+    with pytest.raises(ShardFailedError, match="does not serve placement generation 0"):
+        router.check()
+
+
 @given(
-    messages=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30)), min_size=1, max_size=12),
-    job_tokens=st.integers(1, 64),
-)
-def test_jobs_take_every_row_once_and_in_order(messages: list[tuple[int, int]], job_tokens: int) -> None:
-    waiting = [Waiting(router, Header(5, layer, rows)) for router, (layer, rows) in enumerate(messages)]
-    seen: dict[int, int] = {}
-    ended: list[int] = []
-    while waiting:
-        job = join(waiting, job_tokens)
-        assert job.layer_pos == waiting[0].header.layer_pos and job.parts[0].router_idx == waiting[0].router_idx
-        assert 0 < job.num_rows == sum(part.num_rows for part in job.parts) <= job_tokens
-        assert len(job.parts) <= layout.MAX_JOINED
-        for part in job.parts:
-            assert messages[part.router_idx][0] == job.layer_pos
-            assert part.first == seen.get(part.router_idx, 0) and part.router_idx not in ended
-            seen[part.router_idx] = part.first + part.num_rows
-            if part.is_last:
-                ended.append(part.router_idx)
-        room = job_tokens - job.num_rows
-        same = [one for one in job.left if one.header.layer_pos == job.layer_pos]
-        assert not same or not room or len(job.parts) == layout.MAX_JOINED
-        waiting = list(job.left)
-    assert seen == {router: rows for router, (_, rows) in enumerate(messages)}
-    assert sorted(ended) == list(range(len(messages)))
+    limits=st.builds(IpcLimits, job_tokens=st.integers(8, 64), graph_tokens=st.integers(0, 64),
+                     depth=st.integers(1, 4), linger_s=st.sampled_from([0.0, 1.0])),
+    messages=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 100), st.booleans()), max_size=8),
+    in_flight=st.integers(0, 5), pause=st.sampled_from([0.0, 0.5, 2.0]),
+)  # fmt: skip
+def test_there_is_a_job_whenever_somebody_waits_for_one(
+    limits: IpcLimits, messages: list[tuple[int, int, bool]], in_flight: int, pause: float
+) -> None:
+    answered = [0] * 4
+    demand = Demand(limits, answered)
+    for router in range(4):
+        demand.join(router)
+    newest: dict[int, tuple[int, int, bool]] = {}
+    for seq, (router, rows, is_answered) in enumerate(messages, start=1):
+        demand.note(router, seq, rows, now=0.0)
+        newest[router] = (seq, rows, is_answered)
+    for router, (seq, _, is_answered) in newest.items():
+        answered[router] = seq if is_answered else seq - 1
+    capacity = demand.next_job(in_flight, now=pause)
+    waiting = [rows for _, rows, is_answered in newest.values() if not is_answered]
+    is_lingering = bool(messages) and pause < limits.linger_s
+    assert 0 <= capacity <= limits.job_tokens
+    assert capacity >= min(sum(waiting), limits.job_tokens) or in_flight
+    assert not capacity or waiting or is_lingering
+    assert capacity or in_flight or not (waiting or is_lingering)
+    assert not capacity or in_flight < limits.depth
+    for router in list(newest):
+        demand.leave(router)
+        demand.join(router)  # another one: nothing is known of what it wants
+    assert is_lingering or not demand.next_job(0, now=pause)

@@ -4,7 +4,7 @@ that passes its check has every token's sum of every expert, and everything ends
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import settings
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ep.errors import ShardFailedError, ShardLostError
-from ep.ipc_server import IpcLimits, IpcServer
+from ep.ipc_jobs import IpcLimits
+from ep.ipc_server import IpcServer
 from ep.placement import Placement
 from ep.transport.ipc import IpcTransport
 from ep.transport.mailbox import MailboxBlock
@@ -49,8 +50,13 @@ class Step:
 
 
 class Interleavings(RuleBasedStateMachine):
-    @initialize(first_seq=st.sampled_from([0, 2**31 - 3, -2]))
-    def begin(self, first_seq: int) -> None:
+    @initialize(first_seq=st.sampled_from([0, 2**31 - 3, -2]), is_ahead=st.booleans())
+    def begin(self, first_seq: int, is_ahead: bool) -> None:
+        """is_ahead: jobs are launched before the messages that they are for."""
+        self.limits = IpcLimits(job_tokens=3, graph_tokens=2)
+        if is_ahead:
+            self.limits = replace(self.limits, depth=2, linger_s=1.0, patience=3)
+        self.now = 0.0
         self.block = MailboxBlock.open(f"test-{time.time_ns()}", 2, 2)
         self.generation = 0
         self.served = {0}
@@ -78,7 +84,7 @@ class Interleavings(RuleBasedStateMachine):
         experts = self.experts[shard_idx] = SimulatedExperts(device, PLACEMENTS[self.generation], shard_idx)
         server = IpcServer(
             device, self.block, shard_idx, message_shape(MAX_TOKENS), LAYERS, experts, lambda: self.served,
-            IpcLimits(job_tokens=3, graph_tokens=2),
+            self.limits, clock=lambda: self.now,
         )  # fmt: skip
         server.capture()
         return server
@@ -114,9 +120,11 @@ class Interleavings(RuleBasedStateMachine):
     def go_on(self, moves: bytes) -> None:
         """One op of a GPU, or one look of a shard's thread, after the other."""
         for move in moves:
-            kind, idx = move % 3, move % 2
+            kind, idx = move % 7 % 4, move % 2
             server = self.servers[idx]
-            if kind == 0:
+            if kind == 3:
+                self.now += 0.2
+            elif kind == 0:
                 self.devices[idx].step()
                 self.finish(idx)
             elif kind == 1:
@@ -210,12 +218,14 @@ class Interleavings(RuleBasedStateMachine):
             torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-3)
 
     def drain(self) -> None:
-        """Everything goes on until nothing does."""
-        for _ in range(500):
+        """Everything goes on until nothing does, and then time passes until jobs that wait give up."""
+        stands = 0
+        while stands < 10:
             moved = [device.step() for device in (*self.devices, *self.shard_devices)]
             moved += [server.poll() for server in self.servers if server is not None]
             if not any(moved):
-                break
+                stands += 1
+                self.now += 2.0
         assert all(device.is_idle for device in (*self.devices, *self.shard_devices)), "something waits for ever"
         for router in range(2):
             self.finish(router)
@@ -223,7 +233,7 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def jobs_on_a_device_are_few(self) -> None:
         for device in getattr(self, "shard_devices", []):
-            assert len(device._queue) <= 2 * 3
+            assert len(device._queue) <= 4 * self.limits.depth
 
     def teardown(self) -> None:
         if not hasattr(self, "block"):

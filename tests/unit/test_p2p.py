@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
@@ -23,8 +24,11 @@ def assert_same(ours: World, twins: World, num_rows: int) -> None:
     for name in ("slots", "local_slots", "counts", "sent"):
         assert torch.equal(getattr(ours.plan, name), getattr(twins.plan, name)), name
     assert torch.equal(ours.plan.position[:, :num_rows], twins.plan.position[:, :num_rows])
-    for name in ("load", "inbox", "mailboxes", "box", "shard_words", "done"):
+    for name in ("load", "inbox", "mailboxes", "box", "shard_hosts"):
         assert torch.equal(getattr(ours, name), getattr(twins, name)), name
+    for our_desk, their_desk in zip(ours.desks, twins.desks, strict=True):
+        for name in ("taken", "words"):
+            assert torch.equal(getattr(our_desk, name), getattr(their_desk, name)), name
     assert ours.words[p2p_layout.SEQ] == twins.words[p2p_layout.SEQ]
 
 
@@ -152,9 +156,85 @@ def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
     assert world.host[p2p_layout.FAILED_STEP] == 7
 
 
-@given(seq=st.integers(-(2**31), INT32_MAX), layer=st.integers(0, 2047), tokens=st.integers(0, 2**20 - 1))
-def test_headers_survive_packing(seq: int, layer: int, tokens: int) -> None:
-    assert Header.unpack(pack_header(seq, layer, tokens)) == Header(seq, layer, tokens)
+@given(
+    seq=st.integers(-(2**31), INT32_MAX), layer=st.integers(0, 2047), tokens=st.integers(0, 2**13 - 1),
+    generation=st.integers(0, 10**6),
+)  # fmt: skip
+def test_headers_survive_packing(seq: int, layer: int, tokens: int, generation: int) -> None:
+    word = pack_header(seq, layer, tokens, generation)
+    assert -(2**63) <= word < 2**63
+    assert Header.unpack(word) == Header(seq, layer, tokens, generation % 256)
+
+
+@dataclass
+class Queue:
+    """A desk with several routers, whose messages have nothing but headers."""
+
+    desk: p2p.Desk
+    job: p2p.Job
+    inboxes: torch.Tensor
+    host: torch.Tensor
+
+    @classmethod
+    def make(cls, num_routers: int) -> Queue:
+        inboxes = torch.zeros(num_routers, SMALL.inbox_bytes, dtype=torch.uint8)
+        host = torch.zeros(p2p_layout.shard_words(num_routers), dtype=torch.int32)
+        desk = p2p.Desk.allocate(num_routers, torch.device("cpu"), host.data_ptr())
+        desk.inboxes.copy_(torch.tensor([inbox.data_ptr() for inbox in inboxes]))
+        desk.served[:2] = torch.tensor([7, 9])
+        return cls(desk, p2p.Job.allocate(SMALL, 16, torch.device("cpu")), inboxes, host)
+
+    def write(self, router: int, word: int) -> None:
+        self.inboxes[router, SMALL.header_offset :].view(torch.int64)[0] = word
+
+
+SMALL = MessageShape(12, 128, 1, torch.bfloat16)
+
+
+@on_cpu
+@settings(max_examples=25, deadline=None)
+@given(
+    num_routers=st.integers(1, 11),
+    messages=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 13), st.integers(0, 3), st.sampled_from([7, 9, 8])),
+                      max_size=12),
+    capacity=st.integers(1, 16), patience=st.integers(0, 3), first=st.integers(0, 10), stop=st.booleans(),
+)  # fmt: skip
+def test_jobs_take_what_waits_as_the_twins_do(
+    num_routers: int, messages: list[tuple[int, int, int, int]], capacity: int, patience: int, first: int, stop: bool
+) -> None:
+    """Layer 3 is one too many, 13 tokens are, 8 is no generation that is served; jobs until there is nothing left."""
+    queues = [Queue.make(num_routers) for _ in range(2)]
+    for seq, (router, tokens, layer, generation) in enumerate(messages, start=1):
+        for queue in queues:
+            queue.write(router % num_routers, pack_header(seq, layer, tokens, generation))
+    wanted: dict[int, int] = {}
+    for queue in queues:
+        queue.desk.words[p2p_layout.NEXT] = first % num_routers
+        queue.host[p2p_layout.STOP] = stop
+    for router, tokens, layer, generation in messages:
+        is_good = 0 < tokens <= SMALL.max_tokens and layer < 3 and generation != 8
+        wanted[router % num_routers] = tokens if is_good else 0
+    while True:
+        for ops, queue in zip(BOTH, queues, strict=True):
+            while ops.take(queue.desk, SMALL, 3, queue.job, capacity, patience) is False:
+                pass
+        ours, twins = queues
+        for name in ("taken", "words"):
+            assert torch.equal(getattr(ours.desk, name), getattr(twins.desk, name)), name
+        table = [queue.job.job[4 : 4 + 5 * p2p_layout.MAX_JOINED].view(5, -1) for queue in queues]
+        parts = int((table[0][0] >= 0).sum())
+        assert torch.equal(table[0][:, :parts], table[1][:, :parts])
+        assert torch.equal(table[0][[0, 2, 4], parts:], table[1][[0, 2, 4], parts:])
+        for name in ("layer_idx", "num_tokens"):
+            assert torch.equal(getattr(ours.job, name), getattr(twins.job, name)), name
+        total = int(ours.job.num_tokens)
+        assert total == int(table[0][2].sum()) <= capacity
+        if not total:
+            break
+        for router, _, rows, _, is_last in table[0].T.tolist()[:parts]:
+            wanted[router] -= rows
+            assert wanted[router] >= 0 and bool(is_last) == (wanted[router] == 0)
+    assert not any(wanted.values())
 
 
 @pytest.mark.parametrize(

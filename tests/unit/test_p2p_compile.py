@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-KERNELS = {"plan_kernel", "put_kernel", "wait_kernel", "combine_kernel", "collect_kernel", "return_kernel"}
-MOVERS = KERNELS - {"plan_kernel", "wait_kernel"}
+KERNELS = {
+    "plan_kernel", "put_kernel", "wait_kernel", "combine_kernel", "take_kernel", "collect_kernel", "return_kernel"
+}  # fmt: skip
+MOVERS = KERNELS - {"plan_kernel", "wait_kernel", "take_kernel"}
 PUBLISHES = {"put_kernel": 2, "return_kernel": 3, "wait_kernel": 3}
 """Releases at system scope: every program's count and the words that the last one writes."""
 WIDE = {"gfx942": ("dwordx4", "dwordx2"), "sm_90": ("v4.b32",)}

@@ -1,0 +1,94 @@
+"""The thread that ends a router's waits on the device when the shard that is awaited is lost or late."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ep.kernels import p2p_layout as layout
+from ep.transport.liveness import ProcessSentinel
+
+log = logging.getLogger(__name__)
+WATCH_S = 0.05
+"""How often it looks."""
+
+IsLost = Callable[[int], str | None]
+"""Called with a shard that is awaited: why it will not answer, None if it may."""
+
+
+class WaitWatch:
+    """host: the router's words in host memory. is_lost: what else is known about shards than whether their processes
+    run. abort: called with a shard that is lost, and why. Holds `lock` while it looks."""
+
+    def __init__(
+        self,
+        router_idx: int,
+        host: npt.NDArray[np.int32],
+        num_shards: int,
+        deadline_s: float,
+        is_lost: IsLost | None,
+        abort: Callable[[int, str], None],
+    ) -> None:
+        self.lock = threading.Lock()
+        self.is_lost = is_lost
+        self._router_idx, self._host, self._num_shards, self._deadline_s = router_idx, host, num_shards, deadline_s
+        self._abort = abort
+        self._sentinels: dict[int, ProcessSentinel] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ep-ipc-watchdog", daemon=True)
+        self._thread.start()
+
+    def watch_process(self, shard_idx: int, pid: int) -> None:
+        """In place of the process that was watched before."""
+        before = self._sentinels.pop(shard_idx, None)
+        if pid != os.getpid():
+            self._sentinels[shard_idx] = ProcessSentinel(pid)
+        if before is not None:
+            before.close()
+
+    def find_loss(self, shard_idx: int) -> str | None:
+        """Why this shard will not answer any more, as far as can be told."""
+        sentinel = self._sentinels.get(shard_idx)
+        if sentinel is not None and sentinel.has_ended():
+            return f"its process {sentinel.pid} ended"
+        return None if self.is_lost is None else self.is_lost(shard_idx)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        for sentinel in self._sentinels.values():
+            sentinel.close()
+
+    def _watch(self) -> None:
+        """Sets the abort word for a wait whose shard is lost or late."""
+        host = self._host
+        try:
+            seq, since = None, 0.0
+            while not self._closing.wait(WATCH_S):
+                with self.lock:
+                    waiting = int(host[layout.WAITING_SEQ])
+                    if waiting == host[layout.DONE_SEQ] or host[layout.ABORT]:
+                        seq = None
+                        continue
+                    if waiting != seq:
+                        seq, since = waiting, time.monotonic()
+                    self._look(time.monotonic() - since)
+        except BaseException:
+            host[layout.ABORT] = 1  # rather than to wait unwatched
+            raise
+
+    def _look(self, waited_s: float) -> None:
+        for shard_idx in range(self._num_shards):
+            reason = self.find_loss(shard_idx)
+            if reason is not None:
+                log.warning("router %d: shard %d is lost: %s", self._router_idx, shard_idx, reason)
+                self._abort(shard_idx, reason)
+        if waited_s > self._deadline_s:
+            log.warning("router %d: no answer within %g s", self._router_idx, self._deadline_s)
+            self._host[layout.ABORT] = 1
