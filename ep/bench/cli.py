@@ -31,6 +31,17 @@ def _results(command: Any) -> Any:
     return click.option("--output", metavar="FILE", help="Write the JSON here too.")(page(command))
 
 
+def _servers_flags(command: Any) -> Any:
+    """--ep-flags and --native-flags."""
+    ours = click.option(
+        "--ep-flags", type=Words(), default=(), help="Further options of `ep serve`, as one word of the shell."
+    )
+    theirs = click.option(
+        "--native-flags", type=Words(), default=(), help="Of native vLLM alone, such as its expert parallelism."
+    )
+    return ours(theirs(command))
+
+
 
 @bench.command("serve", cls=FlagsForVllm)
 @_MODEL
@@ -49,8 +60,7 @@ def _results(command: Any) -> Any:
 @click.option("--shards", type=click.IntRange(1), help="Shards of the server that is started.")
 @click.option("--routers", type=click.IntRange(1), help="Routers of the server that is started.")
 @click.option("--transport", type=click.Choice(TRANSPORTS), help="Transport of the server that is started.")
-@click.option("--ep-flags", type=Words(), default=(), help="Further options of `ep serve`, as one word of the shell.")
-@click.option("--native-flags", type=Words(), default=(), help="Of native vLLM alone, such as its expert parallelism.")
+@_servers_flags
 @click.option("--verbose", is_flag=True)
 @_results
 def bench_serve(verbose: bool, **options: Any) -> None:
@@ -73,6 +83,7 @@ def bench_serve(verbose: bool, **options: Any) -> None:
 @_MODEL
 @click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
 @click.option("--checkpoint", metavar="DIR")
+@click.option("--layers", type=click.IntRange(1), help="So many layers of the published shapes, with made-up weights.")
 @click.option("--batch-size", type=click.IntRange(1), help="Requests that decode together. [default: 240; on CPUs 16]")
 @click.option("--input-len", type=Listing(int), default="512,1024,2048", show_default=True, help="Tokens of a prompt.")
 @click.option("--output-len", type=click.IntRange(2), help="Steps that are timed. [default: 200; on CPUs 64]")
@@ -80,6 +91,7 @@ def bench_serve(verbose: bool, **options: Any) -> None:
 @click.option("--parts/--no-parts", default=None, help="Profile the router for a step's parts. [default: on CPUs]")
 @_SEED
 @click.option("--shards", type=click.IntRange(1), help="Shards of our server.")
+@_servers_flags
 @_results
 def bench_decode_latency(shards: int | None, **options: Any) -> None:
     """How long a decode step takes, by the prompts' length, and what of it is attention, gate, dispatch, experts and
@@ -89,6 +101,7 @@ def bench_decode_latency(shards: int | None, **options: Any) -> None:
 
     terminal = Terminal()
     flags = ("--shards", str(shards)) if shards is not None else ()
+    flags += options.pop("ep_flags")
     show(run(DecodeLatencyOptions(ep_flags=flags, **options), terminal), terminal.console)
 
 

@@ -19,7 +19,7 @@ from ep.sheet import Sheet, show_sheets
 
 BETTER, WORSE, SAME = "better", "WORSE", ""
 MOST_ROWS = 40
-_MACHINE = ("cpu", "cores", "memory_gib", "kernel", "python")
+_MACHINE = ("cpu", "cores", "memory_gib", "kernel", "python", "gpus")
 _ELSEWHERE = ("output", "page")
 
 
@@ -144,7 +144,8 @@ def _quartiles(rounds: Sequence[float]) -> tuple[float, float]:
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     one, other = before.get("conditions", {}), after.get("conditions", {})
-    yield from _unlike("", {key: one.get(key) for key in _MACHINE}, {key: other.get(key) for key in _MACHINE})
+    machines = ({key: at.get(key) or None for key in _MACHINE} for at in (one, other))
+    yield from _unlike("", *machines)
     yield from _unlike("", one.get("versions", {}), other.get("versions", {}))
     yield from _unlike("option ", before.get("options", {}), after.get("options", {}))
 

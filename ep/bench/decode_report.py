@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from ep.bench.decode_latency import DecodeLatency, LatencyAt
 from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
-from ep.bench.profile import PARTS
 from ep.sheet import Sheet
 
 
@@ -31,10 +30,9 @@ def _rows(lengths: Sequence[LatencyAt]) -> Iterator[tuple[str, ...]]:
         spreads = [at.step_ms[server] for at in lengths]
         yield (f"step, {server}", *(f"{one.median:.2f}" for one in spreads))
         yield ("  lowest to highest round", *(f"{one.low:.2f} to {one.high:.2f}" for one in spreads))
-        for name in PARTS if server == "ep" else ():
-            parts = [at.parts_ms for at in lengths if at.parts_ms is not None]
-            if parts:
-                yield (f"  {name}", *(f"{of[name]:.2f}" for of in parts))
+        parts = [at.parts_ms for at in lengths if at.parts_ms is not None] if server == "ep" else []
+        for name in parts[0] if parts else ():
+            yield (f"  {name}", *(f"{of[name]:.2f}" for of in parts))
     ratios = [at.ratio for at in lengths if at.ratio is not None]
     if ratios:
         yield ("ep / native", *(f"{ratio.median:.2f}" for ratio in ratios))
@@ -51,8 +49,15 @@ def _note(result: DecodeLatency) -> str:
 
 
 def _notes(result: DecodeLatency) -> tuple[str, ...]:
-    if result.lengths[0].parts_ms is None:
+    parts = result.lengths[0].parts_ms
+    if parts is None:
         return ()
+    if "idle" in parts:
+        return (
+            "Kernels of the router's stream. dispatch: choosing slots, and writing rows into the shards' inboxes. "
+            "experts here: of slots in the router's process. experts elsewhere: waiting for other shards. attention: "
+            "with writing the KV cache. products: matrix products outside of the experts. idle: nothing ran there.",
+        )
     return (
         "attention: vLLM's attention op, which reads the KV cache, and the write to it; the projections around it are "
         "in the rest of the model. gate: the gate's product and the choice of experts. dispatch: assigning and "
@@ -64,10 +69,8 @@ def _notes(result: DecodeLatency) -> tuple[str, ...]:
 
 def _parts_figure(result: DecodeLatency) -> Figure:
     places = tuple(at.input_len for at in result.lengths)
-    series = [
-        Series(name, places, tuple(at.parts_ms[name] for at in result.lengths if at.parts_ms is not None))
-        for name in PARTS
-    ]
+    parts = [at.parts_ms for at in result.lengths if at.parts_ms is not None]
+    series = [Series(name, places, tuple(of[name] for of in parts)) for name in parts[0]]
     title = f"A decode step of {result.batch_size} requests"
     return Figure("parts", title, "input length, tokens", "ms", tuple(series), "stack")
 

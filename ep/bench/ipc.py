@@ -205,10 +205,9 @@ class _Rig:
             quantized = quantize_tokens(sent, message.dtype)
             rows, scales = quantized.q, quantized.scale_inv
         for shard_idx, shard in enumerate(self._shards):
-            seen = shard.newest_job()
+            seen = shard.newest_job(num_tokens)
             is_same = (
-                seen.num_tokens == num_tokens
-                and torch.equal(seen.rows, rows.view(torch.uint8))
+                torch.equal(seen.rows, rows.view(torch.uint8))
                 and (scales is None or seen.scales is None or torch.equal(seen.scales, scales.view(torch.uint8)))
                 and torch.equal(seen.weights, weights.cpu())
             )

@@ -43,7 +43,7 @@ class Arrangement:
 @dataclass(frozen=True)
 class IpcRoundTrip:
     """Microseconds a layer: median, least and most of the replays; nccl_us: of the same bytes, None without a second
-    GPU. launch_us: the shard's thread from seeing a message to its graph's launch."""
+    GPU. launch_us: of a job's graph by the shard's thread, ahead of the message that it is for."""
 
     arrangement: str
     num_shards: int
@@ -113,8 +113,9 @@ def describe(result: IpcBench) -> Report:
         (trips, polls),
         (_figure(result),),
         f"{result.num_gpus} x {result.device.name}. A captured graph of {options.layers} layers, each of which sends "
-        f"all its tokens to every shard, replayed {options.rounds} times; launch is the time from a shard's thread "
-        "seeing a message to its graph being launched. All sums and all rows that arrived were compared, bit for bit.",
+        f"all its tokens to every shard, replayed {options.rounds} times; launch is what it takes a shard's "
+        "thread to launch a job's graph, ahead of its message. All sums and all rows that arrived were compared, bit "
+        "for bit.",
     )
 
 

@@ -44,7 +44,6 @@ class ShardSetup:
 class SeenJob:
     """What came in with a shard's newest job, in host memory. Rows and scales as bytes: not every dtype pickles."""
 
-    num_tokens: int
     rows: torch.Tensor
     scales: torch.Tensor | None
     slot_ids: torch.Tensor
@@ -56,8 +55,8 @@ class BenchShard(Protocol):
 
     def attach(self, handles: RouterHandles) -> ShardHandles: ...
 
-    def newest_job(self) -> SeenJob:
-        """While nothing is asked of it."""
+    def newest_job(self, num_tokens: int) -> SeenJob:
+        """Of so many rows; while nothing is asked of it."""
         ...
 
     def stats(self) -> IpcStats: ...
@@ -99,16 +98,16 @@ class ThreadShard:
     def attach(self, handles: RouterHandles) -> ShardHandles:
         return self._server.attach(handles)
 
-    def newest_job(self) -> SeenJob:
+    def newest_job(self, num_tokens: int) -> SeenJob:
         job = self._server.job
-        num_tokens = int(job.num_tokens)
 
         def rows(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[:num_tokens].contiguous().view(torch.uint8).cpu()
 
         scales = None if job.scales is None else rows(job.scales)
-        return SeenJob(num_tokens, rows(job.rows), scales, job.slot_ids[:num_tokens].cpu(),
-                       job.weights[:num_tokens].cpu())  # fmt: skip
+        return SeenJob(
+            rows(job.rows), scales, job.slot_ids[:num_tokens].cpu(), job.weights[:num_tokens].cpu()
+        )
 
     def stats(self) -> IpcStats:
         return self._server.stats
@@ -132,8 +131,8 @@ class ProcessShard:
     def attach(self, handles: RouterHandles) -> ShardHandles:
         return self._ask("attach", handles)
 
-    def newest_job(self) -> SeenJob:
-        return self._ask("newest_job")
+    def newest_job(self, num_tokens: int) -> SeenJob:
+        return self._ask("newest_job", num_tokens)
 
     def stats(self) -> IpcStats:
         return self._ask("stats")

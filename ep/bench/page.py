@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def _svg(stem: str, figure: Figure) -> str:
 def _conditions(at: Conditions) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in at.versions.items())
     commit = f", commit {at.git}" if at.git else ""
+    gpus = "".join(f"{count} x {name}, " for name, count in Counter(at.gpus).items())
     return (
-        f"{at.cores} cores of {at.cpu}, {at.memory_gib} GiB, Linux {at.kernel}, load {at.load_1m:g} before the run; "
-        f"Python {at.python}, {versions}{commit}."
+        f"{gpus}{at.cores} cores of {at.cpu}, {at.memory_gib} GiB, Linux {at.kernel}, load {at.load_1m:g} before the "
+        f"run; Python {at.python}, {versions}{commit}."
     )

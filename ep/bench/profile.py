@@ -34,7 +34,7 @@ _TOPK, _DISPATCH, _COMBINE = "aten::topk", "ep::dispatch", "ep::combine"
 @dataclass(frozen=True)
 class StepParts:
     """Medians over num_steps decode steps of num_requests requests, milliseconds. period: from one step's start to the
-    next one's, which the parts (by PARTS) add up to."""
+    next one's, which the parts add up to: those of PARTS, on a GPU of ep/bench/profile_gpu.py."""
 
     num_steps: int
     num_requests: int
@@ -42,12 +42,17 @@ class StepParts:
     parts_ms: dict[str, float]
 
 
-def read_profile(path: Path, num_requests: int) -> StepParts:
+def read_profile(path: Path, num_requests: int, num_moe_layers: int) -> StepParts:
     """From a Chrome trace (.json or .json.gz) of a router. Raises EpError where it lacks what the parts are told by."""
+    from ep.bench.profile_gpu import has_kernels, split_gpu_steps
+
     data = path.read_bytes()
     trace = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     try:
-        return split_steps(trace["traceEvents"], num_requests)
+        events = trace["traceEvents"]
+        if has_kernels(events):
+            return split_gpu_steps(events, num_moe_layers, num_requests)
+        return split_steps(events, num_requests)
     except ValueError as error:
         raise EpError(f"{path}: {error}") from error
 
@@ -65,8 +70,8 @@ def split_steps(events: Sequence[Mapping[str, Any]], num_requests: int) -> StepP
         inside = [e for e in complete if e["tid"] == step["tid"] and step["ts"] <= e["ts"] < end and e is not step]
         rows.append(_parts(inside, step["dur"], following["ts"] - step["ts"]))
     # The steps of the median period, so that the parts still add up: medians of each part would not.
-    middle = _middle(rows)
-    parts = {name: statistics.fmean(row[name] for row in middle) / 1e3 for name in PARTS}
+    kept = middle(rows)
+    parts = {name: statistics.fmean(row[name] for row in kept) / 1e3 for name in PARTS}
     return StepParts(len(rows), num_requests, sum(parts.values()), parts)
 
 
@@ -109,7 +114,7 @@ def _parts(events: Sequence[Mapping[str, Any]], step_us: float, period_us: float
     return spent
 
 
-def _middle(rows: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
+def middle(rows: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
     """The half of the steps around the median period."""
     ordered = sorted(rows, key=lambda row: sum(row.values()))
     cut = len(ordered) // 4

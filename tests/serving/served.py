@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-EP = Path(sys.executable).parent / "ep"
+_SCRIPT = Path(sys.executable).parent / "ep"
+EP = [str(_SCRIPT)] if _SCRIPT.is_file() else [sys.executable, "-m", "ep"]
 START_S = 180.0
 STOP_S = 30.0
 
@@ -60,6 +61,7 @@ def serve(
     environment: Mapping[str, str] | None = None,
     signal_at_end: int = signal.SIGTERM,
     exit_code: int = 0,
+    start_s: float = START_S,
 ) -> Iterator[Served]:
     """`ep serve *arguments` on a free port, until the block ends; then nothing that it started may be left.
 
@@ -70,14 +72,14 @@ def serve(
     env = ep_environment(environment)
     start = time.monotonic()
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    command = [EP, "serve", *arguments[:split], "--port", str(port), *arguments[split:]]
+    command = [*EP, "serve", *arguments[:split], "--port", str(port), *arguments[split:]]
     with output.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=env)
     seen: set[psutil.Process] = set()
     try:
         while not (_healthy(port) and "serving " in output.read_text()):
             assert process.poll() is None, output.read_text()
-            assert time.monotonic() < start + START_S, output.read_text()
+            assert time.monotonic() < start + start_s, output.read_text()
             time.sleep(0.2)
         yield Served(process, f"http://127.0.0.1:{port}/v1", output, env, time.monotonic() - start)
         if exit_code == 0:
@@ -105,7 +107,7 @@ def run_ep(
 ) -> subprocess.CompletedProcess[str]:
     """Run an `ep` command to its end."""
     return subprocess.run(
-        [EP, *arguments],
+        [*EP, *arguments],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

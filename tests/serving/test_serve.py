@@ -128,7 +128,7 @@ def test_a_decode_step_has_its_parts(server: Served, tmp_path_factory: pytest.Te
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EP_API_KEY", "secret")
         assert decode(batch, url, MODEL).step_ms > 0
-        found = profile(batch, url, MODEL, profiles)
+        found = profile(batch, url, MODEL, load_preset(MODEL).synthetic_spec.num_moe_layers, profiles)
     assert found.num_steps >= 3 and all(value > 0 for value in found.parts_ms.values())
     assert sum(found.parts_ms.values()) == pytest.approx(found.period_ms)
 

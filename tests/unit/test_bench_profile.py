@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep.bench.profile import PARTS, split_steps
+from ep.bench.profile_gpu import GATE, GPU_PARTS, split_gpu_steps
 from ep.placement import even_split
 from ep.profile_marks import EXPERTS
 from tests.unit.shards import NUM_LAYERS, make_spec, random_routing
@@ -119,3 +122,64 @@ def test_a_router_marks_the_experts_in_a_profile_only(tmp_path: Any) -> None:
     marks = [event.name for event in profile.events() if event.name.startswith(EXPERTS)]
     assert len(marks) == 3
     assert all(0 < int(mark.removeprefix(EXPERTS)) <= 1e3 * layer for mark, layer in zip(marks, layers, strict=True))
+
+
+KERNELS = {
+    GATE: "gate",
+    "plan_kernel": "dispatch",
+    "put_kernel": "dispatch",
+    "wait_kernel": "experts elsewhere",
+    "grouped_gemm_hopper_kernel": "experts here",
+    "_permute_kernel": "experts here",
+    "combine_kernel": "combine",
+    "flash_fwd_splitkv_mla_kernel": "attention",
+    "void cutlass::device_kernel<GemmUniversal>": "products",
+    "triton_red_fused_rms_norm_0": "rest of the model",
+    "Memcpy DtoD (Device -> Device)": "rest of the model",
+}
+
+
+@given(
+    steps=st.lists(st.lists(st.tuples(st.sampled_from(sorted(set(KERNELS) - {GATE})), st.integers(1, 50),
+                                      st.integers(-5, 30)), max_size=6), min_size=8, max_size=12),
+    num_layers=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_kernels_of_a_step_add_up_to_it(
+    steps: list[list[tuple[str, int, int]]], num_layers: int, seed: int
+) -> None:
+    """Steps are made of layers with a gate first; kernels may begin before the one before has ended."""
+    events: list[dict] = []
+    now, starts = 0.0, []
+
+    def add(name: str, length: float, gap: float, stream: int = 7) -> None:
+        nonlocal now
+        start = now + gap
+        event = {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": length, "args": {"stream": stream}}
+        events.append(event)
+        now = max(now, start + length)
+
+    for step in steps:
+        starts.append(now)
+        for layer in range(num_layers):
+            add(GATE, 3, 0)
+            for name, length, gap in step if layer == 0 else step[:2]:
+                add(name, length, max(gap, -3))
+    add(GATE, 3, 0)
+    shuffled = random.Random(seed).sample(events, len(events))
+    elsewhere = [event | {"args": {"stream": 9}} for event in events if event["name"] != GATE]
+    found = split_gpu_steps([*shuffled, *elsewhere, {"ph": "X", "cat": "cpu_op", "name": GATE}], num_layers, 4)
+    assert tuple(found.parts_ms) == GPU_PARTS and min(found.parts_ms.values()) >= 0
+    assert found.num_steps == len(steps)
+    periods = sorted((end - start) / 1e3 for start, end in zip(starts, [*starts[1:], now - 3]))
+    cut = len(periods) // 4
+    assert found.period_ms == pytest.approx(statistics.fmean(periods[cut : len(periods) - cut]))
+    kinds = {KERNELS[event["name"]] for event in events} | {"idle"}
+    assert all(found.parts_ms[kind] == 0 for kind in set(GPU_PARTS) - kinds)
+
+
+def test_what_is_no_profile_of_a_gpu_router() -> None:
+    kernel = {"ph": "X", "cat": "kernel", "name": GATE, "ts": 0.0, "dur": 1.0, "args": {"stream": 7}}
+    with pytest.raises(ValueError, match="runs on 0 streams"):
+        split_gpu_steps([kernel | {"name": "plan_kernel"}], 1, 4)
+    with pytest.raises(ValueError, match="2 gates of 1 MoE layers"):
+        split_gpu_steps([kernel, kernel], 1, 4)

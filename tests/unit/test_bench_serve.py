@@ -18,12 +18,13 @@ from ep.bench.conditions import conditions
 from ep.bench.decode_stream import Batch, summarize
 from ep.bench.prompts import PromptFile, check_prompts
 from ep.bench.rounds import Measured, Round, sum_up
-from ep.bench.serve import ServeBench, ServeBenchOptions
+from ep.bench.serve import ServeBench, ServeBenchOptions, run
 from ep.bench.serve_report import describe
 from ep.bench.sweep import Point, sweep
 from ep.cli import cli
 from ep.errors import OptionError
 from ep.sheet import sheet_markdown
+from ep.terminal import Terminal
 
 LINE = st.fixed_dictionaries({"prompt": st.text(min_size=1)}, optional={"output_tokens": st.integers(1, 10**6)})
 
@@ -141,6 +142,25 @@ def test_flags_for_vllm_do_not_become_the_model(monkeypatch: pytest.MonkeyPatch)
         assert done.exit_code == 0, done.output
         assert (seen[-1].model, seen[-1].vllm_flags) == ((*before, "deepseek-v3")[0], flags)
         assert (seen[-1].concurrency, seen[-1].request_rate) == ((1, 4), ())
+
+
+def test_flags_of_either_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServeBenchOptions] = []
+    monkeypatch.setattr("ep.bench.serve.run", lambda options, _: seen.append(options))
+    monkeypatch.setattr("ep.bench.serve.show", lambda *_: None)
+    ours, theirs = "--dispatch-dtype fp8 --trace 'a b'", "--enable-expert-parallel --data-parallel-size 2"
+    command = ["bench", "serve", "--against", "native", "--shards", "2", "--ep-flags", ours, "--native-flags", theirs]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    assert seen[-1].ep_flags == ("--shards", "2", "--dispatch-dtype", "fp8", "--trace", "a b")
+    assert seen[-1].native_flags == tuple(theirs.split())
+    done = CliRunner().invoke(cli, ["bench", "serve", "--native-flags", "'unfinished"])
+    assert done.exit_code == 2 and "No closing quotation" in done.output
+
+
+def test_native_flags_need_a_native_server() -> None:
+    with pytest.raises(OptionError, match="--native-flags --enforce-eager: goes with --against native"):
+        run(ServeBenchOptions(native_flags=("--enforce-eager",)), Terminal(False))
 
 
 def served(speed: float) -> Served:
