@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 RECENT_S = 0.02
 """For so long after a message its router may send another of that size at any moment."""
+RETRY_S = 1e-3
+"""After a job that found nothing, for a message that the host has seen: how long until another one looks for it."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Demand:
     def __init__(self, limits: IpcLimits, answered: Sequence[int]) -> None:
         self._limits, self._answered = limits, answered
         self._askers: dict[int, _Asker] = {}
-        self._last = float("-inf")
+        self._last = self._retry = float("-inf")
 
     def join(self, router_idx: int) -> None:
-        """A router of which nothing is known yet."""
+        """A router of which nothing is known yet, or any more."""
         self._askers[router_idx] = _Asker()
 
     def leave(self, router_idx: int) -> None:
@@ -62,16 +64,16 @@ class Demand:
     def note(self, router_idx: int, seq: int, num_rows: int, now: float) -> None:
         """A message that is to be answered."""
         self._askers[router_idx] = _Asker(seq, num_rows, now)
-        self._last = now
+        self._last, self._retry = now, float("-inf")
 
-    def pause(self) -> None:
-        """A job has waited in vain: none is kept waiting until the next message."""
-        self._last = float("-inf")
+    def pause(self, now: float) -> None:
+        """A job has looked in vain: none is kept waiting until the next message."""
+        self._last, self._retry = float("-inf"), now + RETRY_S
 
     def next_job(self, in_flight: int, now: float) -> int:
         """Rows of the job that is to be launched beside those on the device, 0 for none."""
         is_lingering = now - self._last < self._limits.linger_s
-        if in_flight and not is_lingering:
+        if not is_lingering and (in_flight or now < self._retry):
             return 0
         waiting = [router for router, one in self._askers.items() if one.seq not in (None, self._answered[router])]
         if not waiting and not is_lingering:

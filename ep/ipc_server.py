@@ -194,7 +194,7 @@ class IpcServer:
         in_vain = (done - self._host_words[layout.DONE + 1 + layout.JOBS]) & _MASK
         if in_vain > self._in_vain:
             self._in_vain = in_vain
-            self._demand.pause()
+            self._demand.pause(now)
         for peer in self._peers.values():
             word = words[peer.place]
             if word != peer.seen:
@@ -275,13 +275,14 @@ class IpcServer:
         inbox = self._device.shared_zeros(message.inbox_bytes)
         box = self._device.open(handles.box)
         first = message.partials_offset(handles.num_shards)
+        place = self._block.header_place(router_idx, shard_idx)
+        newest = Header.unpack(self._block.words[place]).seq  # sent to whoever was here before, or none
         with self._paused():
             self._desk.inboxes[router_idx] = inbox.data_ptr()
-            self._desk.taken[router_idx] = 0
+            self._desk.taken[router_idx] = torch.tensor([newest, newest, 0])
             self._boxes[router_idx] = box.data_ptr() + first + shard_idx * message.partial_bytes
             self._flags[router_idx] = box.data_ptr() + shard_idx * layout.LINE
-            self._host_words[layout.ANSWERED + router_idx] = 0
-        place = self._block.header_place(router_idx, shard_idx)
+            self._host_words[layout.ANSWERED + router_idx] = newest
         self._peers[router_idx] = _Peer(router_idx, inbox, box, place, self._block.words[place])
         self._demand.join(router_idx)
         return ShardHandles(shard_idx, os.getpid(), self._device.share(inbox))
@@ -303,6 +304,9 @@ class IpcServer:
         with self._paused():
             self._desk.served.copy_(torch.tensor(padded, dtype=torch.int32))
         self._served = served
+        for peer in self._peers.values():
+            if Header.unpack(peer.seen).generation not in served:  # what it still waited for is not answered any more
+                self._demand.join(peer.router_idx)
 
     def _look_at(self, peer: _Peer, header: Header, now: float) -> None:
         """A new message: for the device to take, or refused. One of no rows is a mailbox that a new router emptied."""

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ep.errors import ShardFailedError, ShardLostError
 from ep.ipc_jobs import IpcLimits
 from ep.ipc_server import IpcServer
+from ep.kernels.p2p_layout import pack_header
 from ep.placement import Placement
 from ep.transport.ipc import IpcTransport
 from ep.transport.mailbox import MailboxBlock
@@ -74,6 +75,7 @@ class Interleavings(RuleBasedStateMachine):
         )
         router._words[0] = first_seq
         router._flags[:, 0] = first_seq
+        self.block.headers[router_idx] = pack_header(first_seq, 0, 0)  # the last one of many
         for shard_idx, server in enumerate(self.servers):
             if server is not None:
                 router.replace(shard_idx, server.attach(router.handles))
