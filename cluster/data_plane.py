@@ -20,7 +20,7 @@ from ep.compute.choose import keeps_quantized, open_compute
 from ep.far_shards import FarShards
 from ep.graph_router import GraphRouter
 from ep.ipc_router import Beside, IpcRouter
-from ep.ipc_setup import message_shape, open_device
+from ep.ipc_setup import MESSAGE_TOKENS, message_shape, open_device
 from ep.link import NAMESPACE
 from ep.model import ModelSpec
 from ep.placement import Placement
@@ -33,10 +33,6 @@ from ep.transport.ipc import IpcTransport
 from ep.transport.local import LocalTransport
 from ep.transport.mailbox import MailboxBlock
 from ep.transport.sockets import SocketTransport
-
-MAX_DISPATCH_TOKENS = 2048
-"""Larger batches go out in parts: the buffers of every link are sized for this many."""
-
 
 if TYPE_CHECKING:
     from ep.cluster.shard_actor import ShardActor
@@ -104,7 +100,7 @@ def open_data_plane(
     max_tokens = share.length(max_tokens)
     if setup.transport == "local" and setup.on_gpu:
         return _open_on_gpu(setup, checkpoint, placement, max_tokens, versions, share)
-    max_tokens = min(max_tokens, MAX_DISPATCH_TOKENS)
+    max_tokens = min(max_tokens, MESSAGE_TOKENS)
     if setup.transport == "local":
         indices = range(placement.num_shards)
         shards = [Shard.load(checkpoint, placement, shard_idx, fp8=setup.fp8) for shard_idx in indices]
@@ -113,9 +109,21 @@ def open_data_plane(
     else:
         membership = _membership(setup)
         router = _socket_router(setup, spec, placement, membership, max_tokens)
+    recording = _record(setup, spec, placement, versions, router)
+    return DataPlane(router, recording, router.describe, router.close)
+
+
+def _record(
+    setup: RouterSetup,
+    spec: ModelSpec,
+    placement: Placement,
+    versions: Mapping[str, str],
+    router: Router | GraphRouter | IpcRouter,
+) -> Recording | None:
+    """The recording of what the router counts, if there is to be one. Raises TraceError."""
     recording = Recording.start(setup, spec, placement, versions)
     router.recorder = recording.recorder if recording is not None else None
-    return DataPlane(router, recording, router.describe, router.close)
+    return recording
 
 
 def _socket_router(
@@ -200,8 +208,7 @@ def _open_ipc(
         block.close()
 
     router = IpcRouter(spec, placement, transport, device, open_slots, replace, share)
-    recording = Recording.start(setup, spec, placement, versions)
-    router.recorder = recording.recorder if recording is not None else None
+    recording = _record(setup, spec, placement, versions, router)
     return DataPlane(router, recording, describe, close)
 
 
@@ -226,6 +233,5 @@ def _open_on_gpu(
         return compute
 
     router = GraphRouter(spec, placement, open_slots, max_tokens, device)
-    recording = Recording.start(setup, spec, placement, versions)
-    router.recorder = recording.recorder if recording is not None else None
+    recording = _record(setup, spec, placement, versions, router)
     return DataPlane(router, recording, lambda _: "in process", router.close)

@@ -149,7 +149,7 @@ class Rebalancer:
         try:
             outcome = self._attempt(force, reason)
         except Exception as error:  # whatever it was, the old generation serves and the next attempt may do better
-            log.exception("rebalance failed")
+            log.warning("rebalance failed: %s", error, exc_info=not isinstance(error, ClusterError))
             text = (str(getattr(error, "cause", None) or error).strip().splitlines() or ["?"])[-1]
             outcome = self._outcome("failed", f"{text}; generation {self._placement.generation} goes on serving")
         self._last = outcome

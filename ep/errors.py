@@ -60,7 +60,11 @@ class ClusterError(EpError):
 
 
 class TransportError(EpError):
-    """The data plane failed."""
+    """The data plane failed. reason: what happened, without the shard's name."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.reason = message
 
 
 class WireError(TransportError):
@@ -99,8 +103,9 @@ class DeadlineError(TransportError):
     """A shard did not answer before the deadline."""
 
     def __init__(self, shard_idx: int, seconds: float) -> None:
-        self.reason = f"no answer within {seconds:g} s"
-        super().__init__(f"shard {shard_idx}: {self.reason}")
+        reason = f"no answer within {seconds:g} s"
+        super().__init__(f"shard {shard_idx}: {reason}")
+        self.reason = reason
         self.shard_idx = shard_idx
         self.seconds = seconds
 

@@ -330,7 +330,7 @@ class IpcRouter:
                 self._replace(shard_idx, error)
             except TransportError as lasting:
                 # Nothing is to wait for it meanwhile.
-                transport.abort(shard_idx, getattr(error, "reason", None) or str(error))
+                transport.abort(shard_idx, error.reason)
                 return lasting
             del self._lost[shard_idx]
             self.recoveries.append(Recovery(shard_idx, None, time.monotonic() - start, str(error)))

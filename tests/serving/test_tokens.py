@@ -24,8 +24,6 @@ CASES = [
     Case(2, "ipc"),
     Case(2, "unix", num_alone=8),
 ]
-
-
 FURTHER_CASES = [Case(2, "local"), Case(1, "unix"), Case(4, "tcp"), Case(4, "ipc")]
 FEW_CASES = [Case(1, "local"), Case(2, "ipc"), Case(4, "tcp")]
 
