@@ -39,9 +39,9 @@ class Membership:
     def replace(self, shard_idx: int, error: TransportError) -> Endpoint:
         """The endpoint of the shard's next incarnation. Raises ShardLostError where none comes up in time."""
         lost = self._members[shard_idx]
-        again = self._coordinator.replacement
+        reason, again = error.reason, self._coordinator.replacement
         try:
-            member = _call(again.remote(shard_idx, lost.incarnation, error.reason, self._deadline_s))
+            member = _call(again.remote(shard_idx, lost.incarnation, reason, self._deadline_s))
         except ray.exceptions.RayActorError as gone:
             raise ShardLostError(shard_idx, f"{reason}; the coordinator is gone ({type(gone).__name__})") from gone
         self._members[shard_idx] = member
