@@ -225,13 +225,14 @@ class IpcTransport:
         return next(iter(self._late().values()), DeadlineError(0, self.deadline_s))
 
     def lost_shards(self) -> dict[int, TransportError]:
-        """Those to `replace` before anything is sent again: whose processes ended, and those that were given up."""
+        """Those to `replace` before anything is sent again: whose processes ended, and those that were given up; without
+        any of these, those that are late."""
         broken = (self._block.refusals[self.router_idx, :, 1] == mailbox.BROKEN).nonzero()[0].tolist()
         lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken} | self._lost
         for shard_idx in range(self.num_shards):
             if shard_idx not in lost and (reason := self._watch.find_loss(shard_idx)) is not None:
                 lost[shard_idx] = ShardLostError(shard_idx, reason)
-        return {**self._late(), **lost}
+        return lost or self._late()  # a wait that ends for one shard leaves the others no time
 
     def _late(self) -> dict[int, TransportError]:
         """Shards that did not answer a wait before it was given up, unless some shard refused it."""

@@ -248,6 +248,15 @@ def test_a_lost_shard_ends_the_wait_and_its_successor_serves(block: MailboxBlock
     rig.close()
 
 
+def test_a_shard_that_is_slower_than_the_end_of_another_one_is_not_lost(rig: Rig) -> None:
+    router, tokens = rig.routers[0], Tokens.random(9)
+    tokens.send(router, 0)
+    rig.devices[0].run()
+    router.abort(1, "its process 1 ended")  # neither has answered
+    rig.devices[0].run()
+    assert rig.devices[0].is_idle and list(router.lost_shards()) == [1]
+
+
 def test_the_watchdog_ends_waits_for_silent_and_for_lost_shards(block: MailboxBlock) -> None:
     rig = Rig(block, deadline_s=0.3)
     router, tokens = rig.routers[0], Tokens.random(4, experts=EXPERTS // 2)
