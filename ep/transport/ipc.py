@@ -225,8 +225,8 @@ class IpcTransport:
         return next(iter(self._late().values()), DeadlineError(0, self.deadline_s))
 
     def lost_shards(self) -> dict[int, TransportError]:
-        """Those to `replace` before anything is sent again: whose processes ended, and those that were given up; without
-        any of these, those that are late."""
+        """Those to `replace` before anything is sent again: whose processes ended, and those that were given up; those
+        that are late only without any of these."""
         broken = (self._block.refusals[self.router_idx, :, 1] == mailbox.BROKEN).nonzero()[0].tolist()
         lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken} | self._lost
         for shard_idx in range(self.num_shards):
