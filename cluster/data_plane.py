@@ -55,7 +55,9 @@ class DataPlane:
             self.recording.recorder.before_close = self.take_load
 
     def take_load(self) -> None:
-        """Bring the counters up to date."""
+        """Bring the counters up to date; not before the first step, while vLLM may be capturing graphs."""
+        if isinstance(self.router, IpcRouter) and not self.router.has_begun:
+            return
         with self.between_steps:
             self.router.take_load()
 

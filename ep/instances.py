@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ep.errors import OptionError
@@ -14,7 +15,8 @@ _SUFFIX = "/coordinator"
 
 @contextmanager
 def coordinators(address: str) -> Iterator[dict[str, Any]]:
-    """The coordinator's handle of every instance on the cluster at `address` ("auto": this machine's), by name.
+    """The coordinator's handle of every instance on the cluster at `address` ("auto": this machine's), by name. Inside,
+    stdout is stderr: Ray prints there what it thinks of lost nodes, which is no part of a JSON document.
 
     Raises OptionError where there is no such cluster.
     """
@@ -24,13 +26,14 @@ def coordinators(address: str) -> Iterator[dict[str, Any]]:
 
     if address == "auto" and not runs_here():
         raise OptionError("--address auto: no Ray cluster runs on this machine")
-    join_or_start(address, num_cpus=0)
-    try:
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        names = sorted(a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].endswith(_SUFFIX))
-        yield {name.removesuffix(_SUFFIX): ray.get_actor(name, namespace=NAMESPACE) for name in names}
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):
+        join_or_start(address, num_cpus=0)
+        try:
+            actors = ray.util.list_named_actors(all_namespaces=True)
+            names = sorted(a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].endswith(_SUFFIX))
+            yield {name.removesuffix(_SUFFIX): ray.get_actor(name, namespace=NAMESPACE) for name in names}
+        finally:
+            ray.shutdown()
 
 
 def choose(instances: dict[str, Any], name: str | None) -> tuple[str, Any]:

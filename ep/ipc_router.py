@@ -268,9 +268,7 @@ class IpcRouter:
 
     def take_load(self) -> None:
         """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
-        any thread. Nothing before the first step, while the device may be capturing graphs."""
-        if not self._step:
-            return
+        any thread, but not while the device captures graphs."""
         self._device.drain()
         carried = self._transport.take_carried()
         self._device.drain()
@@ -288,6 +286,11 @@ class IpcRouter:
             link.bytes_in += rows * self._transport.message.partial_row_bytes
         if self.recorder is not None:
             self.recorder.add_counts(carried.pairs, self._stats)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a step."""
+        return self._step > 0
 
     def stats(self) -> list[LinkStats]:
         """By shard, as of the last `take_load`. Round trips are not timed: no host takes part in them."""

@@ -35,10 +35,12 @@ def run(options: RebalanceCommand) -> int:
         name, coordinator = choose(instances, options.instance)
         if options.auto is not None:
             ray.get(coordinator.set_auto_rebalance.remote(options.auto))
-            _say(options, {"instance": name, "auto_rebalance": options.auto})
-            return 0
-        with Console(stderr=True).status(f"{name}: planning, and moving experts where that pays back"):
-            outcome: Outcome = ray.get(coordinator.rebalance.remote(options.now))
+        else:
+            with Console(stderr=True).status(f"{name}: planning, and moving experts where that pays back"):
+                outcome: Outcome = ray.get(coordinator.rebalance.remote(options.now))
+    if options.auto is not None:
+        _say(options, {"instance": name, "auto_rebalance": options.auto})
+        return 0
     if options.as_json:
         print(json.dumps({"instance": name} | asdict(outcome)))
     else:

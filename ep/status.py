@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,7 @@ def collect(address: str) -> list[dict[str, Any]]:
     """
     import ray
 
-    # Ray prints on stdout what it thinks of lost nodes, which is no part of a JSON document.
-    with coordinators(address) as found, redirect_stdout(io.StringIO()):
+    with coordinators(address) as found:
         instances = []
         for name, coordinator in found.items():
             try:
