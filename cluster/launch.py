@@ -158,7 +158,7 @@ class Launch:
         Raises RayError where the coordinator does not answer.
         """
         calls = [router.metrics.remote() for router in self._routers]
-        routers: list[dict[str, Any] | None] = [None]
+        routers: list[dict[str, Any] | None] = []
         with suppress(ray.exceptions.RayError):
             routers = ray.get(calls, timeout=_METRICS_S)
         status = ray.get(self._coordinator.status.remote(), timeout=_METRICS_S)

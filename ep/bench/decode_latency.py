@@ -21,9 +21,10 @@ from rich.console import Console
 
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.decode_stream import Batch, Decoded, decode
-from ep.bench.profile import StepParts, read_profile
+from ep.bench.profile import read_profile
 from ep.bench.result import publish
 from ep.bench.rounds import Spread, Target, spread
+from ep.bench.step_parts import StepParts
 from ep.bench.targets import Wanted, start_targets
 from ep.devices import count_gpus
 from ep.errors import EpError, OptionError

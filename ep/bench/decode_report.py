@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ep.bench.decode_latency import DecodeLatency, LatencyAt
 from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
+from ep.bench.profile_gpu import IDLE
 from ep.sheet import Sheet
 
 
@@ -52,7 +53,7 @@ def _notes(result: DecodeLatency) -> tuple[str, ...]:
     parts = result.lengths[0].parts_ms
     if parts is None:
         return ()
-    if "idle" in parts:
+    if IDLE in parts:
         return (
             "Kernels of the router's stream. dispatch: choosing slots, and writing rows into the shards' inboxes. "
             "experts here: of slots in the router's process. experts elsewhere: waiting for other shards. attention: "

@@ -126,7 +126,7 @@ class ProcessShard:
         self.process = context.Process(target=_serve, args=(setup, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self._answer("ready", START_S)
+        self._answer("ready")
 
     def attach(self, handles: RouterHandles) -> ShardHandles:
         return self._ask("attach", handles)
@@ -150,15 +150,20 @@ class ProcessShard:
 
     def _ask(self, *command: object):  # type: ignore[no-untyped-def]
         self._pipe.send(command)
-        return self._answer(str(command[0]), START_S)
+        return self._answer(str(command[0]))
 
-    def _answer(self, what: str, timeout_s: float):  # type: ignore[no-untyped-def]
-        try:
-            if self._pipe.poll(timeout_s):
-                return self._pipe.recv()
-        except EOFError:
-            pass
-        raise TransportError(f"the shard's process gave no answer to {what!r}; its messages are above")
+    def _answer(self, what: str):  # type: ignore[no-untyped-def]
+        return answer(self._pipe, START_S, f"the shard's process gave no answer to {what!r}; its messages are above")
+
+
+def answer(pipe: Connection, timeout_s: float, complaint: str):  # type: ignore[no-untyped-def]
+    """What a process at the other end says next. Raises TransportError with the complaint if it ends or is silent."""
+    try:
+        if pipe.poll(timeout_s):
+            return pipe.recv()
+    except EOFError:
+        pass
+    raise TransportError(complaint)
 
 
 def _serve(setup: ShardSetup, pipe: Connection) -> None:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from ep.errors import TransportError
+from ep.bench.ipc_shards import answer
 from ep.kernels.p2p_layout import MessageShape
 
 ANSWER_S, END_S = 120.0, 10.0
@@ -59,14 +59,10 @@ class NcclPair:
     def _ask(self, command: tuple[int, int, int] | None) -> float:
         for pipe in self._pipes:
             pipe.send(command)
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(ANSWER_S):
-                    raise TransportError(f"NCCL's rank {rank} does not answer; its messages are above")
-                answers.append(pipe.recv())
-            except EOFError:
-                raise TransportError(f"NCCL's rank {rank} ended; its messages are above") from None
+        answers: list[float] = [
+            answer(pipe, ANSWER_S, f"NCCL's rank {rank} gave no answer; its messages are above")
+            for rank, pipe in enumerate(self._pipes)
+        ]
         return answers[0]
 
 

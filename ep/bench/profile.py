@@ -13,13 +13,13 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ep.bench.profile_gpu import has_kernels, split_gpu_steps
+from ep.bench.step_parts import LEAST_STEPS, StepParts, sum_up
 from ep.errors import EpError
 from ep.profile_marks import EXPERTS
 
@@ -27,25 +27,11 @@ PARTS = ("attention", "gate", "dispatch", "experts", "combine", "rest of the mod
 _STEP = re.compile(r"^execute_.*context_0\(0\)_generation_(\d+)\(\1\)")
 _ATTENTION = re.compile(r"^vllm::unified_.*(attention|kv_cache_update)")
 _PRODUCT = re.compile(r"linear|gemm|(::|_)(mm|addmm|matmul)$")
-_LEAST = 3
 _TOPK, _DISPATCH, _COMBINE = "aten::topk", "ep::dispatch", "ep::combine"
-
-
-@dataclass(frozen=True)
-class StepParts:
-    """Medians over num_steps decode steps of num_requests requests, milliseconds. period: from one step's start to the
-    next one's, which the parts add up to: those of PARTS, on a GPU of ep/bench/profile_gpu.py."""
-
-    num_steps: int
-    num_requests: int
-    period_ms: float
-    parts_ms: dict[str, float]
 
 
 def read_profile(path: Path, num_requests: int, num_moe_layers: int) -> StepParts:
     """From a Chrome trace (.json or .json.gz) of a router. Raises EpError where it lacks what the parts are told by."""
-    from ep.bench.profile_gpu import has_kernels, split_gpu_steps
-
     data = path.read_bytes()
     trace = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     try:
@@ -62,17 +48,14 @@ def split_steps(events: Sequence[Mapping[str, Any]], num_requests: int) -> StepP
     complete = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: (e["ts"], -e["dur"]))
     steps = [e for e in complete if e["name"].startswith("execute_")]
     pairs = [(step, following) for step, following in pairwise(steps) if _decodes(step["name"], num_requests)]
-    if len(pairs) < _LEAST:
-        raise ValueError(f"{len(pairs)} decode steps of {num_requests} requests, expected at least {_LEAST}")
+    if len(pairs) < LEAST_STEPS:
+        raise ValueError(f"{len(pairs)} decode steps of {num_requests} requests, expected at least {LEAST_STEPS}")
     rows = []
     for step, following in pairs:
         end = step["ts"] + step["dur"]
         inside = [e for e in complete if e["tid"] == step["tid"] and step["ts"] <= e["ts"] < end and e is not step]
         rows.append(_parts(inside, step["dur"], following["ts"] - step["ts"]))
-    # The steps of the median period, so that the parts still add up: medians of each part would not.
-    kept = middle(rows)
-    parts = {name: statistics.fmean(row[name] for row in kept) / 1e3 for name in PARTS}
-    return StepParts(len(rows), num_requests, sum(parts.values()), parts)
+    return sum_up(rows, num_requests)
 
 
 def _decodes(name: str, num_requests: int) -> bool:
@@ -112,10 +95,3 @@ def _parts(events: Sequence[Mapping[str, Any]], step_us: float, period_us: float
     spent["rest of the model"] = step_us - sum(spent.values())
     spent["between steps"] = period_us - step_us
     return spent
-
-
-def middle(rows: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
-    """The half of the steps around the median period."""
-    ordered = sorted(rows, key=lambda row: sum(row.values()))
-    cut = len(ordered) // 4
-    return ordered[cut : len(ordered) - cut]

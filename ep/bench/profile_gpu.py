@@ -7,12 +7,11 @@ The router's stream is the one that gates: jobs of a shard in the same process r
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ep.bench.profile import StepParts, middle
+from ep.bench.step_parts import LEAST_STEPS, StepParts, sum_up
 
 GATE = "_route_kernel"
 KINDS = {
@@ -27,7 +26,6 @@ KINDS = {
 """By which names of kernels; the first that fits. The others are the rest of the model."""
 REST, IDLE = "rest of the model", "idle"
 GPU_PARTS = (*KINDS, REST, IDLE)
-_LEAST = 3
 
 
 def has_kernels(events: Sequence[Mapping[str, Any]]) -> bool:
@@ -46,12 +44,10 @@ def split_gpu_steps(
     ours = [event for event in kernels if _stream(event) in streams]
     gates = [place for place, event in enumerate(ours) if event["name"] == GATE]
     starts = gates[::num_moe_layers]
-    if len(starts) <= _LEAST:
-        raise ValueError(f"{len(gates)} gates of {num_moe_layers} MoE layers, expected more than {_LEAST} steps")
+    if len(starts) <= LEAST_STEPS:
+        raise ValueError(f"{len(gates)} gates of {num_moe_layers} MoE layers, expected more than {LEAST_STEPS} steps")
     rows = [_parts(ours[start:end], float(ours[end]["ts"])) for start, end in pairwise(starts)]
-    kept = middle(rows)
-    parts = {name: statistics.fmean(row[name] for row in kept) / 1e3 for name in GPU_PARTS}
-    return StepParts(len(rows), num_requests, sum(parts.values()), parts)
+    return sum_up(rows, num_requests)
 
 
 def _parts(kernels: Sequence[Mapping[str, Any]], end: float) -> dict[str, float]:

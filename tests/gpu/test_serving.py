@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
-from openai import OpenAI
 
-from ep.bench.greedy import ANSWER_LEN, greedy_tokens
-from ep.bench.streams import StreamLoad
+from ep.bench.greedy import greedy_answer, greedy_client, greedy_prompts, greedy_tokens
 from tests.serving.served import Served, serve
 
 pytest.importorskip("vllm")
@@ -65,17 +64,8 @@ def tokens(servers: dict[str, Served]) -> dict[str, list[list[int]]]:
 
 def together(server: Served, num_at_once: int) -> list[list[int]]:
     """The same prompts, several in flight."""
-    client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=120)
-    extra = {"ignore_eos": True, "return_token_ids": True}
-
-    def ask(prompt: list[int]) -> list[int]:
-        answer = client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=ANSWER_LEN, temperature=0, extra_body=extra
-        )
-        return list((answer.choices[0].model_extra or {})["token_ids"])
-
-    with ThreadPoolExecutor(num_at_once) as pool:
-        return list(pool.map(ask, StreamLoad(NUM_PROMPTS, 1, 24, ANSWER_LEN, 0).prompts()))
+    with greedy_client(server.base_url.removesuffix("/v1")) as client, ThreadPoolExecutor(num_at_once) as pool:
+        return list(pool.map(partial(greedy_answer, client, MODEL), greedy_prompts(0, NUM_PROMPTS)))
 
 
 @pytest.mark.parametrize(
