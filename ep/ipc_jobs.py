@@ -23,9 +23,9 @@ class IpcLimits:
     """job_tokens: rows of one job, longer messages take several. graph_tokens: up to here jobs run captured graphs.
 
     depth: jobs on the device at a time. linger_s: for how long after a message jobs are kept waiting there for the next
-    one, 0 to launch one only for a message that is there. patience: looks of such a job before it ends. spin_s: for how
-    long the thread that launches looks again at once; nap_s: how long it then sleeps between two looks, 0 to only offer
-    its core to others.
+    one, 0 to launch one only for a message that is there. patience: looks of such a job before it ends; window: looks
+    for routers that are likely to ask for the same layer (kernels/p2p.py `take`). spin_s: for how long the thread that
+    launches looks again at once; nap_s: how long it then sleeps between two looks, 0 to only offer its core to others.
     """
 
     job_tokens: int = 4096
@@ -33,6 +33,7 @@ class IpcLimits:
     depth: int = 1
     linger_s: float = 0.0
     patience: int = 0
+    window: int = 0
     spin_s: float = 2e-4
     nap_s: float = 0.0
 
@@ -86,5 +87,6 @@ class Demand:
 
 
 def bucket(num_rows: int) -> int:
-    """The captured capacity for so many rows: 1, 2, 4, then multiples of 8."""
-    return next((size for size in (1, 2, 4) if num_rows <= size), -(-num_rows // 8) * 8)
+    """The captured capacity for so many rows: 1, 2, 4, then multiples of 8 up to 256, of 64 beyond."""
+    step = 8 if num_rows <= 256 else 64
+    return next((size for size in (1, 2, 4) if num_rows <= size), -(-num_rows // step) * step)

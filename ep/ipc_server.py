@@ -176,11 +176,13 @@ class IpcServer:
             self._thread.join()
 
     def capture(self) -> None:
-        """A graph for every bucket up to the limit; each size is run once without one, which compiles it."""
+        """A graph for every bucket up to the limit; each size is run once without one, which compiles it, and some of
+        those above the limit."""
         limits = self._limits
         most = min(limits.graph_tokens, limits.job_tokens)
         sizes = sorted({bucket(num_tokens) for num_tokens in range(1, most + 1)})
-        for capacity in [*sizes, limits.job_tokens]:
+        larger = {min(bucket(most << power), limits.job_tokens) for power in range(1, 16)} if most else set()
+        for capacity in sorted({*sizes, *larger, limits.job_tokens}):
             self._run(capacity)
             self._device.synchronize()
         for capacity in sizes:
@@ -279,7 +281,7 @@ class IpcServer:
         newest = Header.unpack(self._block.words[place]).seq  # sent to whoever was here before, or none
         with self._paused():
             self._desk.inboxes[router_idx] = inbox.data_ptr()
-            self._desk.taken[router_idx] = torch.tensor([newest, newest, 0])
+            self._desk.taken[router_idx] = torch.tensor([newest, newest, 0, -1])
             self._boxes[router_idx] = box.data_ptr() + first + shard_idx * message.partial_bytes
             self._flags[router_idx] = box.data_ptr() + shard_idx * layout.LINE
             self._host_words[layout.ANSWERED + router_idx] = newest
@@ -339,7 +341,8 @@ class IpcServer:
 
     def _run(self, capacity: int) -> None:
         launch, job, message, desk = self._device.launch, self._job, self._message, self._desk
-        launch(p2p.take, desk, message, self._num_layers, job, capacity, self._limits.patience)
+        limits = self._limits
+        launch(p2p.take, desk, message, self._num_layers, job, capacity, limits.patience, limits.window)
         launch(p2p.collect, desk, message, job, capacity)
         self._compute(job, capacity, self._partials[:capacity])
         launch(p2p.return_partials, self._partials, job, self._boxes, self._flags, desk, capacity)

@@ -13,13 +13,19 @@ from ep.model import ModelSpec
 from ep.transport.host_device import HostDevice
 from ep.transport.ipc_device import GpuDevice, IpcDevice
 
-MESSAGE_TOKENS = 2048
-"""Tokens of one message at most: larger batches go out in parts, and the buffers of every pair are sized for these."""
+MESSAGE_TOKENS = 4096
+"""Tokens of one message, and of one job, at most: larger batches go out in parts, and the buffers of every pair are sized
+for these."""
+GRAPH_TOKENS = 1024
+"""Of the largest job that is captured: what decodes, with a prompt or two."""
 HOST_NAP_S = 1e-4
 """An idle shard on a CPU leaves its core to the others, which a shard beside a GPU need not."""
 DEPTH, LINGER_S, PATIENCE = 8, 5e-3, 1 << 13
 """Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another. A look takes
 somewhat less than a microsecond."""
+WINDOW = 512
+"""Looks for a router that is likely to ask for the layer of a message that is there, about 0.4 ms: longer than attention
+takes from one layer to the next, so that routers that decode fall into step, shorter than to read the experts again."""
 HOSTED_NAP_S = 5e-5
 """A shard in a router's process leaves the interpreter to the router; meanwhile the jobs that wait on the GPU serve."""
 
@@ -45,6 +51,6 @@ def open_device(device: torch.device, own_stream: bool = False) -> IpcDevice:
 def limits(device: torch.device, is_hosted: bool = False) -> IpcLimits:
     """Of a shard that computes there. is_hosted: in a router's process."""
     if device.type == "cpu":
-        return IpcLimits(job_tokens=2 * MESSAGE_TOKENS, graph_tokens=0, nap_s=HOST_NAP_S)
-    waiting = IpcLimits(job_tokens=2 * MESSAGE_TOKENS, depth=DEPTH, linger_s=LINGER_S, patience=PATIENCE)
+        return IpcLimits(MESSAGE_TOKENS, graph_tokens=0, nap_s=HOST_NAP_S)
+    waiting = IpcLimits(MESSAGE_TOKENS, GRAPH_TOKENS, DEPTH, LINGER_S, PATIENCE, WINDOW)
     return replace(waiting, spin_s=0.0, nap_s=HOSTED_NAP_S) if is_hosted else waiting

@@ -36,6 +36,10 @@ PATIENCE, SLOW = 64, 4096
 """Polls of a wait between looks at the abort word, and after which it says that it waits (about 3 ms)."""
 LOOK = 64
 """Polls of a job that waits for a message between looks at its host's word."""
+FIRST_LAYER = 4
+"""By so much longer a job waits for other routers at the first layer: between two steps their hosts have a part."""
+JOIN_ROWS = 256
+"""Up to here a message is waited for, or waits for others: the experts' weights are most of what a job of it reads."""
 COMBINE_BLOCK = 1024
 
 TRITON_DTYPES = {
@@ -216,9 +220,10 @@ class Job:
 @dataclass(frozen=True)
 class Desk:
     """Where a shard's jobs find their messages. inboxes [N] int64: addresses, 0 for a router that is not there. served
-    [MAX_SERVED] int32: generations modulo NUM_GENERATIONS, -1 for none. taken [N, 3] int32: of each router the last
-    message that was taken whole, the last of which some was taken, and how many rows of that. words [NUM_WORDS] int32.
-    host_address: the shard's words in host memory."""
+    [MAX_SERVED] int32: generations modulo NUM_GENERATIONS, -1 for none. taken [N, 4] int32: of each router the last
+    message that was taken whole, the last of which some was taken, how many rows of that, and the layer that it will
+    ask for next, -1 where that is not waited for. words [NUM_WORDS] int32. host_address: the shard's words in host
+    memory."""
 
     inboxes: torch.Tensor
     served: torch.Tensor
@@ -232,21 +237,28 @@ class Desk:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         inboxes = torch.zeros(num_routers, dtype=torch.int64, device=device)
-        return cls(inboxes, ints(layout.MAX_SERVED) - 1, ints(num_routers, 3), ints(layout.NUM_WORDS), host_address)
+        desk = cls(inboxes, ints(layout.MAX_SERVED) - 1, ints(num_routers, 4), ints(layout.NUM_WORDS), host_address)
+        desk.taken[:, 3] = -1
+        return desk
 
 
-def take(desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int) -> None:
+def take(
+    desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int, window: int
+) -> None:
     """Makes a job of at most `capacity` rows: of the next message in turn, with what else waits for its layer.
 
     Looks at most `patience` times for one, only once after a job that found none or when the host says so; a job of no
-    rows is the result then. Messages of other generations, layers or lengths are left for the host to refuse.
+    rows is the result then. A router whose last message was for the layer before is likely to ask for this one next:
+    at most `window` looks more are spent on such routers, FIRST_LAYER times as many where a step begins, so that the
+    experts' weights are read once for all of them; who does not come is not waited for again before its next message.
+    Messages of other generations, layers or lengths are left for the host to refuse.
     """
     num_routers = len(desk.inboxes)
     take_kernel[(1,)](
         desk.inboxes, desk.served, desk.taken, desk.words, desk.host_address, job.job, job.layer_idx, job.num_tokens,
-        message.header_offset, capacity, message.max_tokens, num_layers, patience, ROUTERS=num_routers,
+        message.header_offset, capacity, message.max_tokens, num_layers, patience, window, ROUTERS=num_routers,
         PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, PARTS=layout.MAX_JOINED,
-        NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP, JOB_TOKENS=layout.JOB_TOKENS,
+        COLUMNS=desk.taken.shape[1], FIRST_LAYER=FIRST_LAYER, JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP, JOB_TOKENS=layout.JOB_TOKENS,
         JOB_LAYER=layout.JOB_LAYER, JOB_ROUTERS=layout.JOB_ROUTERS, TOKENS_AT=layout.TOKENS_AT,
         GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS,
         GENERATIONS=layout.NUM_GENERATIONS, LAYERS=layout.MAX_LAYERS, num_warps=1,

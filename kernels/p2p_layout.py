@@ -29,10 +29,10 @@ SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, PLANNED, SENT, GENERATION = (slot * (
 from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was given up.
 GENERATION: of the placement that it routes by. The others count programs."""
 
-JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED = (slot * (LINE // 4) for slot in range(6))
+JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED, WAITED = (slot * (LINE // 4) for slot in range(7))
 """Places in a shard's words [NUM_WORDS] int32 on its device. JOB: jobs that have ended. RETURNED: a count of programs.
 NEXT: the router that is looked at first. IDLE: 1 after a job that found no message. COUNTED: from here on NUM_COUNTS
-sums. POLLED: the twin's looks for a message."""
+sums. POLLED, WAITED: the twin's looks for a message and for further ones."""
 
 NUM_WORDS = 8 * (LINE // 4)
 

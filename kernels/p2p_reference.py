@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import WINDOW, Desk, Job, Plan, Tables
+from ep.kernels.p2p import FIRST_LAYER, JOIN_ROWS, WINDOW, Desk, Job, Plan, Tables
 from ep.kernels.p2p_layout import Header, MessageShape, pack_header
 from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
 
@@ -152,32 +152,42 @@ def combine_partials(
     out.copy_(total)
 
 
-def take(desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int) -> bool:
-    waiting = [(router, header) for router, header in _headers(desk, message) if _is_waiting(desk, message, num_layers,
-               router, header)]  # fmt: skip
+def take(
+    desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int, window: int
+) -> bool:
+    headers = list(_headers(desk, message))
+    waiting = [one for one in headers if _is_waiting(desk, message, num_layers, *one)]
     host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
     words = desk.words
-    if not waiting and not words[layout.IDLE] and not host[layout.STOP] and words[layout.POLLED] + 1 < patience:
-        words[layout.POLLED] += 1
-        return False
-    words[layout.POLLED] = 0
     waiting.sort(key=lambda one: (one[0] - int(words[layout.NEXT])) % len(desk.inboxes))
+    lead = waiting[:1]
+    missing = _on_their_way(desk, lead[0][1], headers, waiting) if lead else []
+    if not lead:
+        is_over = bool(words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
+    else:
+        is_over = not missing or words[layout.WAITED] >= window * (1 if lead[0][1].layer_pos else FIRST_LAYER)
+    if not is_over and not host[layout.STOP]:
+        words[layout.WAITED if lead else layout.POLLED] += 1
+        return False
+    words[layout.POLLED] = words[layout.WAITED] = 0
     job.job.zero_()
     table = job.job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * layout.MAX_JOINED].view(5, layout.MAX_JOINED)
     table[0] = -1
     total, parts, answered = 0, 0, 0
-    lead = waiting[:1]
+    for router in missing:
+        desk.taken[router, 3] = -1
     for router, header in lead + sorted(waiting[1:], key=lambda one: one[0]):
-        _, part_seq, part_rows = desk.taken[router].tolist()
+        part_seq, part_rows = desk.taken[router, 1:3].tolist()
         first = part_rows if part_seq == header.seq else 0
         rows = min(header.num_tokens - first, capacity - total)
         if header.layer_pos != lead[0][1].layer_pos or not rows or parts == layout.MAX_JOINED:
             continue
         is_last = first + rows == header.num_tokens
         table[:, parts] = torch.tensor([router, first, rows, header.seq, is_last])
-        desk.taken[router, 1:] = torch.tensor([header.seq, first + rows])
+        desk.taken[router, 1:3] = torch.tensor([header.seq, first + rows])
         if is_last:
             desk.taken[router, 0] = header.seq
+            desk.taken[router, 3] = (header.layer_pos + 1) % num_layers if header.num_tokens <= JOIN_ROWS else -1
         total, parts, answered = total + rows, parts + 1, answered + is_last
     if lead:
         words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
@@ -188,6 +198,16 @@ def take(desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity:
     counted = words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
     counted += torch.tensor([len(lead), answered, parts if parts > 1 else 0, total], dtype=torch.int32)
     return True
+
+
+def _on_their_way(
+    desk: Desk, lead: Header, headers: list[tuple[int, Header]], waiting: list[tuple[int, Header]]
+) -> list[int]:
+    """Routers that are likely to ask for the same layer next, where that is worth waiting for."""
+    if lead.num_tokens > JOIN_ROWS:
+        return []
+    here = {router for router, _ in headers} - {router for router, _ in waiting}
+    return [router for router in sorted(here) if desk.taken[router, 3] == lead.layer_pos]
 
 
 def _headers(desk: Desk, message: MessageShape) -> Iterator[tuple[int, Header]]:

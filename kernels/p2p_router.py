@@ -94,8 +94,14 @@ def put_kernel(
     token = tl.program_id(0).to(tl.int64)
     shard = tl.arange(0, PAD_S)
     position = tl.load(position_ptr + shard * position_stride + token, mask=shard < SHARDS, other=-1)
+    # What the last program is to say is read by all while they wait for their rows.
+    inbox = tl.load(inboxes_ptr + shard, mask=shard < SHARDS, other=0)
+    mailbox = tl.load(mailboxes_ptr + shard, mask=shard < SHARDS, other=0).to(tl.pointer_type(tl.int64))
+    count = tl.load(counts_ptr + shard, mask=shard < SHARDS, other=0)
+    header = tl.load(words_ptr + SEQ).to(tl.int64) & 0xFFFFFFFF
+    header |= tl.load(words_ptr + GENERATION).to(tl.int64) << GENERATION_AT
+    header |= (layer_pos.to(tl.int64) << LAYER_AT) | (count.to(tl.int64) << TOKENS_AT)
     if tl.max(position, 0) >= 0:
-        inbox = tl.load(inboxes_ptr + shard, mask=position >= 0, other=0)
         column = tl.arange(0, COLUMNS)
         offsets = column[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         mask = offsets < HIDDEN
@@ -126,16 +132,10 @@ def put_kernel(
                 tl.store(weights + row * TOP_K + choice, weight, mask=choice < TOP_K)
     tl.debug_barrier()
     if tl.atomic_add(words_ptr + SENT, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
-        tl.store(words_ptr + SENT, 0)
-        count = tl.load(counts_ptr + shard, mask=shard < SHARDS, other=0)
-        mailbox = tl.load(mailboxes_ptr + shard, mask=count > 0, other=0).to(tl.pointer_type(tl.int64))
-        inbox = tl.load(inboxes_ptr + shard, mask=count > 0, other=0)
-        header = tl.load(words_ptr + SEQ).to(tl.int64) & 0xFFFFFFFF
-        header |= tl.load(words_ptr + GENERATION).to(tl.int64) << GENERATION_AT
-        header |= (layer_pos.to(tl.int64) << LAYER_AT) | (count.to(tl.int64) << TOKENS_AT)
         place = (inbox + header_offset).to(tl.pointer_type(tl.int64))
         tl.atomic_xchg(place, header, mask=count > 0, sem="release", scope="sys")
         tl.atomic_xchg(mailbox, header, mask=count > 0, sem="relaxed", scope="sys")
+        tl.store(words_ptr + SENT, 0)
 
 
 @triton.jit(do_not_specialize=["host_address"])

@@ -7,11 +7,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _waiting(place, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT: tl.constexpr,
+def _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT: tl.constexpr,
              GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr, MAX_TOKENS: tl.constexpr,
              GENERATIONS: tl.constexpr, LAYERS: tl.constexpr):  # fmt: skip
     """Of every router: whether it has a message that is to be answered, its number, tokens and layer."""
-    header = tl.load(place, mask=is_here, other=0, volatile=True)
     seq = header.to(tl.int32)
     count = ((header >> TOKENS_AT) & (MAX_TOKENS - 1)).to(tl.int32)
     generation = ((header >> GENERATION_AT) & (GENERATIONS - 1)).to(tl.int32)
@@ -21,44 +20,72 @@ def _waiting(place, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT
     return is_new & is_served & (count <= max_tokens) & (layer < num_layers), seq, count, layer
 
 
-@triton.jit(do_not_specialize=["host_address", "capacity", "max_tokens", "num_layers", "patience"])
+@triton.jit
+def _lead(is_waiting, layer, count, turn, PAD_R: tl.constexpr):
+    """The router whose turn it is, as a mask, and its layer and tokens."""
+    turn = tl.where(is_waiting, turn, PAD_R)
+    is_lead = is_waiting & (turn == tl.min(turn, 0))
+    return is_lead, tl.sum(tl.where(is_lead, layer, 0), 0), tl.sum(tl.where(is_lead, count, 0), 0)
+
+
+@triton.jit
+def _missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS: tl.constexpr):
+    """1 for every router that is worth waiting for: it is likely to ask for this layer next."""
+    is_expected = is_here & (expected == lead_layer) & (lead_count <= JOIN_ROWS)
+    return tl.where(is_expected, 1 - is_waiting.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["host_address", "capacity", "max_tokens", "num_layers", "patience", "window"])
 def take_kernel(
     inboxes_ptr, served_ptr, taken_ptr, words_ptr, host_address, job_ptr, layer_idx_ptr, num_tokens_ptr, header_offset,
-    capacity, max_tokens, num_layers, patience,
+    capacity, max_tokens, num_layers, patience, window,
     ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr, PARTS: tl.constexpr,
-    NEXT: tl.constexpr, IDLE: tl.constexpr, COUNTED: tl.constexpr, STOP: tl.constexpr, JOB_TOKENS: tl.constexpr,
-    JOB_LAYER: tl.constexpr, JOB_ROUTERS: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr,
-    LAYER_AT: tl.constexpr, MAX_TOKENS: tl.constexpr, GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
+    COLUMNS: tl.constexpr, FIRST_LAYER: tl.constexpr, JOIN_ROWS: tl.constexpr, NEXT: tl.constexpr, IDLE: tl.constexpr,
+    COUNTED: tl.constexpr, STOP: tl.constexpr, JOB_TOKENS: tl.constexpr, JOB_LAYER: tl.constexpr,
+    JOB_ROUTERS: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr,
+    MAX_TOKENS: tl.constexpr, GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
     """One program. It looks at host memory, which is far, once in LOOK polls."""
     router = tl.arange(0, PAD_R)
     inbox = tl.load(inboxes_ptr + router, mask=router < ROUTERS, other=0)
     is_here = inbox != 0
     place = (inbox + header_offset).to(tl.pointer_type(tl.int64))
-    done_seq = tl.load(taken_ptr + 3 * router, mask=is_here, other=0)
+    taken = taken_ptr + COLUMNS * router
+    done_seq = tl.load(taken, mask=is_here, other=0)
+    part_seq = tl.load(taken + 1, mask=is_here, other=0)
+    part_rows = tl.load(taken + 2, mask=is_here, other=0)
+    expected = tl.load(taken + 3, mask=is_here, other=-1)
     served = tl.load(served_ptr + tl.arange(0, SERVED))
+    turn = (router - tl.load(words_ptr + NEXT) + ROUTERS) % ROUTERS
+    counted = words_ptr + COUNTED
+    jobs, messages = tl.load(counted), tl.load(counted + 1)
+    joined, tokens = tl.load(counted + 2), tl.load(counted + 3)
     host = host_address.to(tl.pointer_type(tl.int32))
     limit = tl.where(tl.load(words_ptr + IDLE) != 0, 1, tl.maximum(patience, 1))
-    found, polls = 0, 0
-    while (found == 0) & (polls < limit):
-        is_waiting, seq, count, layer = _waiting(place, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
-                                                 GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
+    polls, waited, go_on = 0, 0, 1
+    header = tl.load(place, mask=is_here, other=0, volatile=True)
+    while go_on != 0:
+        is_waiting, _, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
+                                               GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
         found = tl.max(is_waiting.to(tl.int32), 0)
-        polls += 1
-        if (found == 0) & (polls % LOOK == 0):
-            polls = tl.where(tl.load(host + STOP, volatile=True) != 0, limit, polls)
-    is_waiting, seq, count, layer = _waiting(place, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
+        _, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
+        missing = tl.max(_missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS), 0)
+        most = window * tl.where(lead_layer == 0, FIRST_LAYER, 1)
+        for_others = ((missing != 0) & (waited < most)).to(tl.int32)
+        go_on = tl.where(found != 0, for_others, (polls + 1 < limit).to(tl.int32))
+        waited += found
+        polls += 1 - found
+        if (go_on != 0) & ((polls + waited) % LOOK == 0):
+            go_on = (tl.load(host + STOP, volatile=True) == 0).to(tl.int32)
+        if go_on != 0:
+            header = tl.load(place, mask=is_here, other=0, volatile=True)
+    is_waiting, seq, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
                                              GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
     found = tl.max(is_waiting.to(tl.int32), 0)
     nothing = tl.zeros((PAD_R,), tl.int64)
     tl.atomic_add(place, nothing, mask=is_waiting, sem="acquire", scope="sys")
     # The router whose turn it is, then all that ask for the same layer.
-    turn = (router - tl.load(words_ptr + NEXT) + ROUTERS) % ROUTERS
-    turn = tl.where(is_waiting, turn, PAD_R)
-    is_lead = is_waiting & (turn == tl.min(turn, 0))
-    lead_layer = tl.sum(tl.where(is_lead, layer, 0), 0)
-    part_seq = tl.load(taken_ptr + 3 * router + 1, mask=is_here, other=0)
-    part_rows = tl.load(taken_ptr + 3 * router + 2, mask=is_here, other=0)
+    is_lead, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
     first = tl.where(part_seq == seq, part_rows, 0)
     left = tl.where(is_waiting & (layer == lead_layer), count - first, 0)
     lead_rows = tl.minimum(tl.sum(tl.where(is_lead, left, 0), 0), capacity)
@@ -86,18 +113,21 @@ def take_kernel(
     tl.store(job_ptr + JOB_LAYER, lead_layer)
     tl.store(layer_idx_ptr, lead_layer)
     tl.store(num_tokens_ptr, total)
-    tl.store(taken_ptr + 3 * router, seq, mask=is_last)
-    tl.store(taken_ptr + 3 * router + 1, seq, mask=is_part)
-    tl.store(taken_ptr + 3 * router + 2, first + rows, mask=is_part)
+    tl.store(taken, seq, mask=is_last)
+    tl.store(taken + 1, seq, mask=is_part)
+    tl.store(taken + 2, first + rows, mask=is_part)
+    # Who was waited for in vain is not waited for again before its next message.
+    missing = _missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS) * found
+    tl.store(taken + 3, tl.zeros((PAD_R,), tl.int32) - 1, mask=missing != 0)
+    tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last)
     lead = tl.sum(tl.where(is_lead, router + 1, 0), 0)
     if found != 0:
         tl.store(words_ptr + NEXT, lead % ROUTERS)
     tl.store(words_ptr + IDLE, 1 - found)
-    counted = words_ptr + COUNTED
-    tl.store(counted, tl.load(counted) + found)
-    tl.store(counted + 1, tl.load(counted + 1) + tl.sum(is_last.to(tl.int32), 0))
-    tl.store(counted + 2, tl.load(counted + 2) + tl.where(parts > 1, parts, 0))
-    tl.store(counted + 3, tl.load(counted + 3) + total)
+    tl.store(counted, jobs + found)
+    tl.store(counted + 1, messages + tl.sum(is_last.to(tl.int32), 0))
+    tl.store(counted + 2, joined + tl.where(parts > 1, parts, 0))
+    tl.store(counted + 3, tokens + total)
 
 
 @triton.jit
@@ -157,6 +187,14 @@ def return_kernel(
     """One program per row of the capacity; the last one raises the flags and says in host memory what is done."""
     row = tl.program_id(0)
     router, theirs = _find(job_ptr, row, JOB_ROUTERS, PARTS)
+    # What the last program is to say is read by all while they wait for their rows.
+    entry, count = tl.arange(0, PARTS), tl.arange(0, NUM_COUNTS)
+    asker = tl.load(job_ptr + JOB_ROUTERS + entry)
+    seq = tl.load(job_ptr + JOB_ROUTERS + 3 * PARTS + entry)
+    is_last = (tl.load(job_ptr + JOB_ROUTERS + 4 * PARTS + entry) != 0) & (asker >= 0)
+    flag = tl.load(flags_ptr + asker, mask=is_last, other=0).to(tl.pointer_type(tl.int32))
+    counted = tl.load(words_ptr + COUNTED + count)
+    done = tl.load(words_ptr + JOB) + 1
     if router >= 0:
         column = tl.arange(0, PAD_H)
         ours = row.to(tl.int64)
@@ -166,18 +204,11 @@ def return_kernel(
         tl.store(box + theirs.to(tl.int64) * HIDDEN + column, values, mask=column < HIDDEN)
     tl.debug_barrier()
     if tl.atomic_add(words_ptr + RETURNED, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
-        tl.store(words_ptr + RETURNED, 0)
-        entry = tl.arange(0, PARTS)
-        asker = tl.load(job_ptr + JOB_ROUTERS + entry)
-        seq = tl.load(job_ptr + JOB_ROUTERS + 3 * PARTS + entry)
-        is_last = (tl.load(job_ptr + JOB_ROUTERS + 4 * PARTS + entry) != 0) & (asker >= 0)
-        flag = tl.load(flags_ptr + asker, mask=is_last, other=0).to(tl.pointer_type(tl.int32))
         tl.atomic_xchg(flag, seq, mask=is_last, sem="release", scope="sys")
+        tl.store(words_ptr + RETURNED, 0)
+        tl.store(words_ptr + JOB, done)
         host = host_address.to(tl.pointer_type(tl.int32))
         tl.store(host + ANSWERED + asker, seq, mask=is_last)
-        count = tl.arange(0, NUM_COUNTS)
-        tl.store(host + DONE + 1 + count, tl.load(words_ptr + COUNTED + count))
-        done = tl.load(words_ptr + JOB) + 1
-        tl.store(words_ptr + JOB, done)
+        tl.store(host + DONE + 1 + count, counted)
         tl.debug_barrier()
         tl.atomic_xchg(host + DONE, done, sem="release", scope="sys")

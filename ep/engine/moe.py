@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_gather
 
 from ep.engine.gating import route_like_vllm
-from ep.engine.ops import bound_router
+from ep.engine.ops import SPLITTING_OPS, bound_router, empty_sum
 from ep.kernels.reference import Routing
 from ep.model import ModelSpec
 
@@ -40,17 +41,27 @@ def _route(logits: torch.Tensor, bias: torch.Tensor | None, spec: ModelSpec) -> 
     return route_like_vllm(logits, bias, spec)
 
 
+def _is_split() -> bool:
+    """Whether captured graphs of the model that is built end where experts are asked."""
+    return set(SPLITTING_OPS) <= set(get_current_vllm_config().compilation_config.splitting_ops or ())
+
+
 def _shards_answer(
-    hidden: torch.Tensor, routing: Routing, layer_pos: int, shared: nn.Module | None = None
+    hidden: torch.Tensor, routing: Routing, layer_pos: int, is_split: bool, shared: nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dispatch, run `shared` while the shards compute, combine.
 
     Returns (routed [T, H], shared output or None).
     """
     ids, weights = routing.topk_ids, routing.topk_weights
+    routed = empty_sum(hidden) if is_split else None
     ticket = torch.ops.ep.dispatch(hidden, ids, weights, layer_pos)
     extra = shared(hidden) if shared is not None else None
-    routed = torch.ops.ep.combine(ticket, ticket if extra is None else extra, hidden, ids, weights, layer_pos)
+    after = ticket if extra is None else extra
+    if routed is None:
+        routed = torch.ops.ep.combine(ticket, after, hidden, ids, weights, layer_pos)
+    else:
+        torch.ops.ep.combine_into(ticket, after, hidden, ids, weights, layer_pos, routed)
     if bound_router().share.size > 1:
         routed = tensor_model_parallel_all_gather(routed, dim=0)[: hidden.shape[0]]
     return routed, extra
@@ -67,7 +78,7 @@ def make_deepseek_block(native_module: Any) -> type[nn.Module]:
         ) -> None:
             super().__init__()
             self.spec = bound_router().spec
-            self.layer_pos = _layer_pos(prefix)
+            self.layer_pos, self.is_split = _layer_pos(prefix), _is_split()
             self.gate = native_module.GateLinear(
                 config.hidden_size,
                 config.n_routed_experts,
@@ -90,7 +101,9 @@ def make_deepseek_block(native_module: Any) -> type[nn.Module]:
         def forward(self, hidden_states: torch.Tensor, already_sequence_parallel: bool = False) -> torch.Tensor:
             logits, _ = self.gate(hidden_states)
             routing = _route(logits, self.gate.e_score_correction_bias, self.spec)
-            routed, shared = _shards_answer(hidden_states, routing, self.layer_pos, self.shared_experts)
+            routed, shared = _shards_answer(
+                hidden_states, routing, self.layer_pos, self.is_split, self.shared_experts
+            )
             if not logits.is_cuda:
                 routed = routed * self.spec.routed_scaling_factor
             return routed if shared is None else shared + routed
@@ -113,7 +126,7 @@ def make_mixtral_block(native_module: Any) -> type[nn.Module]:
         ) -> None:
             super().__init__()
             self.spec = bound_router().spec
-            self.layer_pos = _layer_pos(prefix)
+            self.layer_pos, self.is_split = _layer_pos(prefix), _is_split()
             self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = num_experts
             self.n_local_physical_experts = num_experts
             params_dtype = _native_options.get("params_dtype")
@@ -125,7 +138,7 @@ def make_mixtral_block(native_module: Any) -> type[nn.Module]:
             hidden = hidden_states.view(-1, hidden_states.shape[-1])
             logits, _ = self.gate(hidden)
             routing = _route(logits, None, self.spec)
-            routed, _ = _shards_answer(hidden, routing, self.layer_pos)
+            routed, _ = _shards_answer(hidden, routing, self.layer_pos, self.is_split)
             return routed.view(hidden_states.shape)
 
     return MixtralExperts

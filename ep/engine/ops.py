@@ -7,6 +7,9 @@ Splitting the round trip in two lets the shared expert run while the shards comp
 takes the shared expert's output as an argument only to be ordered behind it, and what was dispatched only to keep a
 compiled graph from reusing that memory while a shard may still have to be asked again.
 
+Where captured graphs end before these ops and begin again behind them, what comes next reads the memory that it was
+captured with: `combine_into` writes the sum there.
+
 `ep::route` is the gate's choice as one kernel, where experts are computed by GPUs. A router with a share of the rows
 (tensor-parallel attention) is given all of them and combines its own.
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
     AnyRouter = Router | GroupRouter | GraphRouter | IpcRouter
 
+SPLITTING_OPS = ("ep::dispatch", "ep::combine_into")
+"""Those that need the host, where captured graphs end."""
+
 _library: torch.library.Library | None = None
 _router: AnyRouter | None = None
 
@@ -44,7 +50,7 @@ def bound_router() -> AnyRouter:
 
 
 def register_ops() -> None:
-    """Define ep::dispatch, ep::combine and ep::route; a second call does nothing."""
+    """Define ep::dispatch, ep::combine, ep::combine_into and ep::route; a second call does nothing."""
     global _library
     if _library is not None:
         return
@@ -52,14 +58,17 @@ def register_ops() -> None:
     sent = "Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_pos"
     library.define(f"dispatch({sent}) -> Tensor")
     library.define(f"combine(Tensor ticket, Tensor after, {sent}) -> Tensor")
+    library.define(f"combine_into(Tensor ticket, Tensor after, {sent}, Tensor(a!) out) -> ()")
     for key in ("CPU", "CUDA"):
         library.impl("dispatch", _dispatch, key)
         library.impl("combine", _combine, key)
+        library.impl("combine_into", _combine_into, key)
     library.define("route(Tensor logits, Tensor? bias) -> (Tensor, Tensor)")
     library.impl("route", _route, "CUDA")
     torch.library.register_fake("ep::route", _route_fake, lib=library)
     torch.library.register_fake("ep::dispatch", _dispatch_fake, lib=library)
     torch.library.register_fake("ep::combine", _combine_fake, lib=library)
+    torch.library.register_fake("ep::combine_into", lambda *_: None, lib=library)
     _library = library
 
 
@@ -79,6 +88,18 @@ def _combine(
     return bound_router().combine(layer_pos)
 
 
+def _combine_into(
+    ticket: torch.Tensor,
+    after: torch.Tensor,
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    layer_pos: int,
+    out: torch.Tensor,
+) -> None:
+    out.copy_(bound_router().combine(layer_pos))
+
+
 def _dispatch_fake(
     hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_pos: int
 ) -> torch.Tensor:
@@ -93,6 +114,11 @@ def _combine_fake(
     topk_weights: torch.Tensor,
     layer_pos: int,
 ) -> torch.Tensor:
+    return empty_sum(hidden)
+
+
+def empty_sum(hidden: torch.Tensor) -> torch.Tensor:
+    """Memory for what combine gives for hidden [T, H]."""
     share = bound_router().share
     # Not len(hidden), which would make a constant of a traced graph's number of tokens.
     num_tokens, hidden_size = hidden.shape

@@ -12,6 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from ep.engine.ops import SPLITTING_OPS
 from ep.engine.swap import swapped
 from ep.errors import OptionError
 
@@ -51,7 +52,7 @@ def split_at_experts(args: argparse.Namespace) -> None:
     if config.splitting_ops is None:
         caches = ["vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]  # as vLLM adds them itself
         config.splitting_ops = [*config._attention_ops, *caches]
-    config.splitting_ops += ["ep::dispatch", "ep::combine"]
+    config.splitting_ops += SPLITTING_OPS
     if mode is None:
         config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 

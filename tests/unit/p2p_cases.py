@@ -164,7 +164,7 @@ def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1) -> None:
         job, desk = world.jobs[shard], world.desks[shard]
         capacity = -(-header.num_tokens // parts)
         for _ in range(-(-header.num_tokens // capacity)):
-            ops.take(desk, message, 2, job, capacity, 1)
+            ops.take(desk, message, 2, job, capacity, 1, 0)
             ops.collect(desk, message, job, capacity)
             values = job.rows.float()
             if job.scales is not None:

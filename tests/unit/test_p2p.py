@@ -197,11 +197,13 @@ SMALL = MessageShape(12, 128, 1, torch.bfloat16)
     num_routers=st.integers(1, 11),
     messages=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 13), st.integers(0, 3), st.sampled_from([7, 9, 8])),
                       max_size=12),
-    capacity=st.integers(1, 16), patience=st.integers(0, 3), first=st.integers(0, 10), stop=st.booleans(),
+    capacity=st.integers(1, 16), patience=st.integers(0, 3), window=st.integers(0, 2), first=st.integers(0, 10),
+    stop=st.booleans(), expected=st.lists(st.integers(-1, 2), min_size=11, max_size=11),
 )  # fmt: skip
 def test_jobs_take_what_waits_as_the_twins_do(
-    num_routers: int, messages: list[tuple[int, int, int, int]], capacity: int, patience: int, first: int, stop: bool
-) -> None:
+    num_routers: int, messages: list[tuple[int, int, int, int]], capacity: int, patience: int, window: int,
+    first: int, stop: bool, expected: list[int],
+) -> None:  # fmt: skip
     """Layer 3 is one too many, 13 tokens are, 8 is no generation that is served; jobs until there is nothing left."""
     queues = [Queue.make(num_routers) for _ in range(2)]
     for seq, (router, tokens, layer, generation) in enumerate(messages, start=1):
@@ -211,12 +213,13 @@ def test_jobs_take_what_waits_as_the_twins_do(
     for queue in queues:
         queue.desk.words[p2p_layout.NEXT] = first % num_routers
         queue.host[p2p_layout.STOP] = stop
+        queue.desk.taken[:, 3] = torch.tensor(expected[:num_routers])
     for router, tokens, layer, generation in messages:
         is_good = 0 < tokens <= SMALL.max_tokens and layer < 3 and generation != 8
         wanted[router % num_routers] = tokens if is_good else 0
     while True:
         for ops, queue in zip(BOTH, queues, strict=True):
-            while ops.take(queue.desk, SMALL, 3, queue.job, capacity, patience) is False:
+            while ops.take(queue.desk, SMALL, 3, queue.job, capacity, patience, window) is False:
                 pass
         ours, twins = queues
         for name in ("taken", "words"):
