@@ -184,10 +184,14 @@ def return_kernel(
     COUNTED: tl.constexpr, NUM_COUNTS: tl.constexpr, DONE: tl.constexpr, ANSWERED: tl.constexpr,
     JOB_ROUTERS: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of the capacity; the last one raises the flags and says in host memory what is done."""
+    """One program per row of the capacity; the last one raises the flags and says in host memory what is done.
+
+    Everything is asked for at once, also what only the last program needs.
+    """
     row = tl.program_id(0)
+    column = tl.arange(0, PAD_H)
+    values = tl.load(partials_ptr + row.to(tl.int64) * HIDDEN + column, mask=column < HIDDEN)
     router, theirs = _find(job_ptr, row, JOB_ROUTERS, PARTS)
-    # What the last program is to say is read by all while they wait for their rows.
     entry, count = tl.arange(0, PARTS), tl.arange(0, NUM_COUNTS)
     asker = tl.load(job_ptr + JOB_ROUTERS + entry)
     seq = tl.load(job_ptr + JOB_ROUTERS + 3 * PARTS + entry)
@@ -196,9 +200,6 @@ def return_kernel(
     counted = tl.load(words_ptr + COUNTED + count)
     done = tl.load(words_ptr + JOB) + 1
     if router >= 0:
-        column = tl.arange(0, PAD_H)
-        ours = row.to(tl.int64)
-        values = tl.load(partials_ptr + ours * HIDDEN + column, mask=column < HIDDEN)
         box = tl.load(boxes_ptr + router).to(tl.pointer_type(partials_ptr.dtype.element_ty))
         box = tl.multiple_of(box, 16)
         tl.store(box + theirs.to(tl.int64) * HIDDEN + column, values, mask=column < HIDDEN)
