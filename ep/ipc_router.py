@@ -4,6 +4,9 @@
 
 Shards of other nodes, if there are any, are asked over sockets in between (ep/far_shards.py), by the host.
 
+Outside of steps, as when vLLM warms up, nothing is sent and nobody is waited for: all rows are padding. A GPU may load
+what it has not run before only when it is idle, and a shard may need this process to answer.
+
 What goes wrong in a step ends its waits and is found when the device is done with it (`failure`); it is mended before
 the next one. Tokens, pairs and messages are counted on the device and taken from there now and then (`take_load`).
 
@@ -40,8 +43,6 @@ if TYPE_CHECKING:
     from ep.recorder import LoadRecorder
 
 log = logging.getLogger(__name__)
-ALL_TOKENS = 1 << 30
-"""Rows of calls outside of steps, as vLLM makes them to warm up: none of them is padding."""
 MAX_EPISODES = 16
 MAX_FAILED_IN_ROW = 6
 """Steps that fail one after the other before their requests are not tried again."""
@@ -139,14 +140,13 @@ class IpcRouter:
         self._lost: dict[int, TransportError] = {}
         self._failed_in_row = 0
         self._lock = threading.Lock()
-        transport.begin_step(ALL_TOKENS, 0)
+        transport.begin_step(0, 0)
 
     def open_slots(self) -> None:
         """Load the experts of this process and meet the shards."""
         self._beside = self._open_slots()
         far = self._beside.far
         self._transport.warm_up(torch.bfloat16 if far is None else torch.float32)
-        self._transport.begin_step(ALL_TOKENS, 0)
         if far is not None:
             far.router.recoveries = self.recoveries
             for shard_idx in far.shards:
@@ -175,8 +175,6 @@ class IpcRouter:
             raise error
         if num_decode is None:
             num_decode = num_tokens if num_tokens == num_requests else 0
-        if not self._step:
-            self._discard_load()
         self._step += 1
         rows, generation = self.share.rows(num_tokens), self.placement.generation
         now = _UnderWay(time.monotonic(), time.time(), num_tokens, num_decode, generation, rows)
@@ -308,11 +306,6 @@ class IpcRouter:
         if 0 < first <= step:
             known.append(_Episode(first, step, self._transport.failure()))
         return max(known, key=lambda one: one.is_lasting, default=None)
-
-    def _discard_load(self) -> None:
-        """What calls outside of steps counted."""
-        self._device.drain()
-        self._transport.take_carried()
 
     def _mend(self) -> TransportError | None:
         """What could not be mended."""
