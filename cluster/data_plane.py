@@ -184,6 +184,7 @@ def _open_ipc(
             slots = hosted.compute.for_router(message.max_tokens)
             coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
             ray.get(coordinator.hosted_up.remote(local, hosted.listen()))
+            transport.host(hosted.launching_s)
         membership = _membership(setup)
         members.append(membership)
         node_id = ray.get_runtime_context().get_node_id()

@@ -104,6 +104,10 @@ class ShardActor:
         """From now on this router of the node is served over ipc. Raises TransportError, RuntimeError."""
         return self._ipc.attach(handles)
 
+    def launching_s(self) -> float:
+        """For how long the ipc side has been at a launch (IpcShard.launching_s)."""
+        return self._ipc.launching_s()
+
     def prepare(self, placement: dict[str, Any], transfers: list[Transfer], endpoints: list[Endpoint]) -> Moved:
         """Take in new experts beside the old ones, try them, and answer requests of that placement too.
 

@@ -111,6 +111,7 @@ class IpcServer:
         self._peers: dict[int, _Peer] = {}
         self._counts, self._refused, self._launches, self._launch_ns = [0] * layout.NUM_COUNTS, 0, 0, 0
         self._launched = self._in_vain = 0
+        self._launch_began: float | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -139,6 +140,12 @@ class IpcServer:
             self._counts[place] += (count - self._counts[place]) & _MASK
         jobs, messages, joined, tokens = self._counts
         return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
+
+    @property
+    def launching_s(self) -> float:
+        """For how long a launch has been under way, 0 for none. From any thread."""
+        began = self._launch_began
+        return 0.0 if began is None else self._clock() - began
 
     def refresh(self) -> None:
         """Other generations are served now; when this returns the device knows."""
@@ -329,12 +336,13 @@ class IpcServer:
         self._block.routers[peer.router_idx, layout.ABORT] = 1
 
     def _launch_job(self, capacity: int) -> None:
-        start = time.perf_counter_ns()
+        start, self._launch_began = time.perf_counter_ns(), self._clock()
         graph = self._graphs.get(capacity)
         if graph is not None:
             graph()
         else:
             self._run(capacity)
+        self._launch_began = None
         self._launched = (self._launched + 1) & _MASK
         self._launches += 1
         self._launch_ns += time.perf_counter_ns() - start

@@ -47,6 +47,10 @@ class IpcShard:
         """From now on this router is served. Raises TransportError, RuntimeError (IpcServer.attach)."""
         return self._server.attach(handles)
 
+    def launching_s(self) -> float:
+        """For how long a launch has been under way, 0 for none."""
+        return self._server.launching_s
+
     def refresh(self) -> None:
         """The shard serves other generations now; when this returns its device knows."""
         self._server.refresh()

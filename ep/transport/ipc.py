@@ -13,7 +13,7 @@ Shape legend: T tokens of a call (padding included), H hidden, K top-k, S shards
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ep.placement import Placement
 from ep.transport import mailbox
 from ep.transport.ipc_device import IpcDevice
 from ep.transport.ipc_handles import Carried, RouterHandles, ShardHandles
-from ep.transport.ipc_watch import IsLost, WaitWatch
+from ep.transport.ipc_watch import STUCK_S, IsLost, WaitWatch
 from ep.transport.mailbox import MailboxBlock
 
 
@@ -114,6 +114,10 @@ class IpcTransport:
         self._device.synchronize()
         self._opened[shard_idx] = inbox
         self._watch.watch_process(shard_idx, handles.pid)
+
+    def host(self, launching_s: Callable[[], float]) -> None:
+        """A shard in this process says for how long it has been at a launch: waits end where that waits for them."""
+        self._watch.launching_s = launching_s
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Before the first dispatch: these are reached in another way and get no messages."""
@@ -222,6 +226,8 @@ class IpcTransport:
                 return ShardFailedError(shard_idx, _refusal(code, value))
         for error in self._lost.values():
             return error
+        if self._watch.is_stuck:
+            return DeadlineError(0, STUCK_S)
         return next(iter(self._late().values()), DeadlineError(0, self.deadline_s))
 
     def lost_shards(self) -> dict[int, TransportError]:
@@ -235,8 +241,8 @@ class IpcTransport:
         return lost or self._late()  # a wait that ends for one shard leaves the others no time
 
     def _late(self) -> dict[int, TransportError]:
-        """Shards that did not answer a wait before it was given up, unless some shard refused it."""
-        if self._block.refusals[self.router_idx, :, 1].any():
+        """Shards that did not answer a wait before it was given up, unless that was for another reason."""
+        if self._watch.is_stuck or self._block.refusals[self.router_idx, :, 1].any():
             return {}
         late = self._host[layout.LATE : layout.LATE + self.num_shards].nonzero()[0]
         return {int(shard_idx): DeadlineError(int(shard_idx), self.deadline_s) for shard_idx in late}
@@ -256,6 +262,7 @@ class IpcTransport:
             self._lost.clear()
             self._host[layout.LATE : layout.LATE + self.num_shards] = 0
             self._host[layout.FAILED_STEP] = 0
+            self._watch.is_stuck = False
             self._host[layout.ABORT] = 0
 
     def take_carried(self) -> Carried:

@@ -1,4 +1,5 @@
-"""The thread that ends a router's waits on the device when the shard that is awaited is lost or late."""
+"""The thread that ends a router's waits on the device when the shard that is awaited is lost or late, or when the wait
+itself keeps this process from going on."""
 
 from __future__ import annotations
 
@@ -18,13 +19,21 @@ log = logging.getLogger(__name__)
 WATCH_S = 0.05
 """How often it looks."""
 
+STUCK_S = 1.0
+"""A launch that takes longer waits for the device to be idle."""
+
 IsLost = Callable[[int], str | None]
 """Called with a shard that is awaited: why it will not answer, None if it may."""
 
 
 class WaitWatch:
     """host: the router's words in host memory. is_lost: what else is known about shards than whether their processes
-    run. abort: called with a shard that is lost, and why. Holds `lock` while it looks."""
+    run. abort: called with a shard that is lost, and why. Holds `lock` while it looks.
+
+    launching_s: for how long a shard in this process has been at a launch, where there is one. A GPU may load what has
+    not run before only when it is idle: a router that does so while it waits for a shard whose own router does the same
+    would wait for ever. is_stuck: set when waits were ended for that.
+    """
 
     def __init__(
         self,
@@ -37,6 +46,8 @@ class WaitWatch:
     ) -> None:
         self.lock = threading.Lock()
         self.is_lost = is_lost
+        self.launching_s: Callable[[], float] = lambda: 0.0
+        self.is_stuck = False
         self._router_idx, self._host, self._num_shards, self._deadline_s = router_idx, host, num_shards, deadline_s
         self._abort = abort
         self._sentinels: dict[int, ProcessSentinel] = {}
@@ -89,6 +100,10 @@ class WaitWatch:
             if reason is not None:
                 log.warning("router %d: shard %d is lost: %s", self._router_idx, shard_idx, reason)
                 self._abort(shard_idx, reason)
+        if self.launching_s() > STUCK_S:
+            log.warning("router %d: a launch beside it has to wait for its step, which is tried again", self._router_idx)
+            self.is_stuck = True
+            self._host[layout.ABORT] = 1
         if waited_s > self._deadline_s:
             log.warning("router %d: no answer within %g s", self._router_idx, self._deadline_s)
             self._host[layout.ABORT] = 1

@@ -274,6 +274,39 @@ def test_the_watchdog_ends_waits_for_silent_and_for_lost_shards(block: MailboxBl
     rig.close()
 
 
+def test_a_launch_beside_the_router_that_waits_for_its_step_ends_it(block: MailboxBlock) -> None:
+    rig = Rig(block)
+    router, server, tokens = rig.routers[0], rig.servers[0], Tokens.random(12)
+    seen: list[float] = []
+    compute = server._compute
+
+    def slow(job: Job, capacity: int, out: torch.Tensor) -> None:
+        rig.now += 5.0
+        seen.append(server.launching_s)
+        compute(job, capacity, out)
+
+    server._compute = slow
+    tokens.send(router, 0)
+    rig.serve()
+    router.check()
+    assert seen == [5.0] and server.launching_s == 0.0  # 12 rows are more than a graph is captured for
+    router.host(lambda: 2.0)
+    start = time.monotonic()
+    tokens.send(router, 0)
+    rig.devices[0].synchronize()
+    assert time.monotonic() - start < 1.0
+    with pytest.raises(DeadlineError):
+        router.check()
+    assert router.lost_shards() == {}  # nobody is to be replaced, and the step may be tried again
+    router.host(lambda: 0.0)
+    router.reset()
+    got = tokens.send(router, 1)
+    rig.serve()
+    router.check()
+    assert_close(got, tokens.expected(1))
+    rig.close()
+
+
 def test_routers_come_and_go_while_others_are_served(rig: Rig) -> None:
     rig.servers[0].start()
     rig.servers[1].start()
