@@ -14,8 +14,8 @@ from ep.transport.host_device import HostDevice
 from ep.transport.ipc_device import GpuDevice, IpcDevice
 
 MESSAGE_TOKENS = 4096
-"""Tokens of one message, and of one job, at most: larger batches go out in parts, and the buffers of every pair are sized
-for these."""
+"""Tokens of one message, and of one job, at most: larger batches go out in parts, and the buffers of every pair are
+sized for these."""
 GRAPH_TOKENS = 1024
 """Of the largest job that is captured: what decodes, with a prompt or two."""
 HOST_NAP_S = 1e-4
@@ -24,8 +24,9 @@ DEPTH, LINGER_S, PATIENCE = 8, 5e-3, 1 << 13
 """Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another. A look takes
 somewhat less than a microsecond."""
 WINDOW = 512
-"""Looks for a router that is likely to ask for the layer of a message that is there, about 0.4 ms: longer than attention
-takes from one layer to the next, so that routers that decode fall into step, shorter than to read the experts again."""
+"""Looks for a router that is likely to ask for the layer of a message that is there, about 0.4 ms: longer than
+attention takes from one layer to the next, so that routers that decode fall into step, shorter than to read the experts
+again."""
 HOSTED_NAP_S = 5e-5
 """A shard in a router's process leaves the interpreter to the router; meanwhile the jobs that wait on the GPU serve."""
 

@@ -24,7 +24,7 @@ from ep.bench.decode_stream import Batch, Decoded, decode
 from ep.bench.profile import read_profile
 from ep.bench.result import publish
 from ep.bench.rounds import Spread, Target, spread
-from ep.bench.step_parts import StepParts
+from ep.bench.step_parts import StepParts, join
 from ep.bench.targets import Wanted, start_targets
 from ep.devices import count_gpus
 from ep.errors import EpError, OptionError
@@ -74,8 +74,8 @@ class DecodeRound:
 @dataclass(frozen=True)
 class LatencyAt:
     """One input length. step_ms: by server, the median over rounds of the time between two tokens. profile: of our
-    router, as profiled; parts_ms: its shares of the unprofiled step_ms; both None where nothing was profiled. ratio: ep
-    over native, of every round."""
+    routers, as profiled; parts_ms: its shares of the unprofiled step_ms; both None where nothing was profiled. ratio:
+    ep over native, of every round."""
 
     input_len: int
     rounds: tuple[DecodeRound, ...]
@@ -197,14 +197,15 @@ def _measure(
 
 
 def profile(batch: Batch, url: str, model: str, num_moe_layers: int, folder: Path) -> StepParts:
-    """The parts of the steps of our router at `url`, whose profiler writes into `folder`. Raises EpError."""
+    """The parts of the steps of our routers at `url`, whose profilers write into `folder`. Raises EpError."""
     before = set(folder.glob("*.json*"))
     decode(batch, url, model, lambda: _post(url, "/start_profile"))
     _post(url, "/stop_profile")
-    new = [path for path in sorted(folder.glob("*.json*")) if path not in before]
-    if len(new) != 1:
-        raise EpError(f"{folder}: the router wrote {len(new)} profiles, expected 1")
-    return read_profile(new[0], batch.num_requests, num_moe_layers)
+    found = [read_profile(path, num_moe_layers) for path in sorted(folder.glob("*.json*")) if path not in before]
+    seen = [one.num_requests for one in found]
+    if sum(seen) != batch.num_requests:
+        raise EpError(f"{folder}: the routers' profiles are of {seen} requests, expected {batch.num_requests} together")
+    return join(found)
 
 
 def _profile_all(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,17 +31,29 @@ _PRODUCT = re.compile(r"linear|gemm|(::|_)(mm|addmm|matmul)$")
 _TOPK, _DISPATCH, _COMBINE = "aten::topk", "ep::dispatch", "ep::combine"
 
 
-def read_profile(path: Path, num_requests: int, num_moe_layers: int) -> StepParts:
-    """From a Chrome trace (.json or .json.gz) of a router. Raises EpError where it lacks what the parts are told by."""
+def read_profile(path: Path, num_moe_layers: int) -> StepParts:
+    """From a Chrome trace (.json or .json.gz) of a router: steps that decode as many requests as most of its steps do.
+
+    Raises EpError where it lacks what the parts are told by.
+    """
     data = path.read_bytes()
     trace = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     try:
         events = trace["traceEvents"]
+        num_requests = count_requests(events)
         if has_kernels(events):
             return split_gpu_steps(events, num_moe_layers, num_requests)
         return split_steps(events, num_requests)
     except ValueError as error:
         raise EpError(f"{path}: {error}") from error
+
+
+def count_requests(events: Sequence[Mapping[str, Any]]) -> int:
+    """That most of the decode steps are of. Raises ValueError where there is none."""
+    steps = Counter(found.group(1) for event in events if (found := _STEP.match(str(event.get("name")))) is not None)
+    if not steps:
+        raise ValueError("no decode step in the profile")
+    return int(steps.most_common(1)[0][0])
 
 
 def split_steps(events: Sequence[Mapping[str, Any]], num_requests: int) -> StepParts:

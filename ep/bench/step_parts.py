@@ -28,3 +28,13 @@ def sum_up(rows: Sequence[dict[str, float]], num_requests: int) -> StepParts:
     kept = ordered[cut : len(ordered) - cut]
     parts = {name: statistics.fmean(row[name] for row in kept) / 1e3 for name in rows[0]}
     return StepParts(len(rows), num_requests, sum(parts.values()), parts)
+
+
+def join(routers: Sequence[StepParts]) -> StepParts:
+    """Of routers that share a batch: their mean, and how many requests they have together."""
+    return StepParts(
+        min(one.num_steps for one in routers),
+        sum(one.num_requests for one in routers),
+        statistics.fmean(one.period_ms for one in routers),
+        {name: statistics.fmean(one.parts_ms[name] for one in routers) for name in routers[0].parts_ms},
+    )

@@ -101,7 +101,7 @@ class WaitWatch:
                 log.warning("router %d: shard %d is lost: %s", self._router_idx, shard_idx, reason)
                 self._abort(shard_idx, reason)
         if self.launching_s() > STUCK_S:
-            log.warning("router %d: a launch beside it has to wait for its step, which is tried again", self._router_idx)
+            log.warning("router %d: a launch beside it waits for its step, which is tried again", self._router_idx)
             self.is_stuck = True
             self._host[layout.ABORT] = 1
         if waited_s > self._deadline_s:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep.bench.profile import PARTS, split_steps
+from ep.bench.profile import PARTS, read_profile, split_steps
 from ep.bench.profile_gpu import GATE, GPU_PARTS, split_gpu_steps
+from ep.bench.step_parts import join
+from ep.errors import EpError
 from ep.placement import even_split
 from ep.profile_marks import EXPERTS
 from tests.unit.shards import NUM_LAYERS, make_spec, random_routing
@@ -83,6 +88,26 @@ def test_the_parts_are_those_of_a_known_trace(
         "between steps": us["between"],
     }
     assert found.parts_ms == pytest.approx({name: value / 1e3 for name, value in expected.items()})
+
+
+def test_routers_that_share_a_batch(tmp_path: Path) -> None:
+    """Not evenly: who has how many requests is in their profiles."""
+    found = []
+    for router, batch in enumerate((4, 3)):
+        trace = Trace()
+        step(trace, dict.fromkeys(NAMES, 9), 2, batch + 1)
+        for _ in range(5):
+            step(trace, dict.fromkeys(NAMES, 10 * (router + 1)), 2, batch)
+        path = tmp_path / f"router{router}.json.gz"
+        path.write_bytes(gzip.compress(json.dumps({"traceEvents": trace.events}).encode()))
+        found.append(read_profile(path, 2))
+    assert [one.num_requests for one in found] == [4, 3]
+    both = join(found)
+    assert both.num_requests == 7 and both.period_ms == pytest.approx(sum(both.parts_ms.values()))
+    assert both.parts_ms["dispatch"] == pytest.approx(2 * 15 / 1e3)
+    (tmp_path / "other.json").write_text(json.dumps({"traceEvents": []}))
+    with pytest.raises(EpError, match=r"other\.json: no decode step"):
+        read_profile(tmp_path / "other.json", 2)
 
 
 @pytest.mark.parametrize("missing", ["attention", "gate", "dispatch", "experts"])

@@ -18,6 +18,7 @@ from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedErr
 from ep.ipc_jobs import Demand, IpcLimits, bucket
 from ep.ipc_server import IpcServer
 from ep.kernels import p2p_layout as layout
+from ep.kernels.p2p import Job
 from ep.placement import Placement, even_split
 from ep.transport.ipc import IpcTransport
 from ep.transport.mailbox import MailboxBlock
