@@ -259,7 +259,8 @@ def take(
         message.header_offset, capacity, message.max_tokens, num_layers, patience, window, ROUTERS=num_routers,
         PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, PARTS=layout.MAX_JOINED,
         COLUMNS=desk.taken.shape[1], FIRST_LAYER=FIRST_LAYER, JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT,
-        IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP, JOB_TOKENS=layout.JOB_TOKENS, JOB_LAYER=layout.JOB_LAYER, JOB_ROUTERS=layout.JOB_ROUTERS, TOKENS_AT=layout.TOKENS_AT,
+        IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP, JOB_TOKENS=layout.JOB_TOKENS,
+        JOB_LAYER=layout.JOB_LAYER, JOB_ROUTERS=layout.JOB_ROUTERS, TOKENS_AT=layout.TOKENS_AT,
         GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS,
         GENERATIONS=layout.NUM_GENERATIONS, LAYERS=layout.MAX_LAYERS, num_warps=1,
     )  # fmt: skip
