@@ -28,6 +28,7 @@ import torch
 from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
 from ep.ipc_jobs import Demand, IpcLimits, bucket
+from ep.ipc_stats import IpcStats
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p import Desk, Job
@@ -40,20 +41,6 @@ from ep.transport.mailbox import MailboxBlock
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _MASK = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class IpcStats:
-    """Counted since the server was made. jobs: that found messages; messages: answered; joined: parts of jobs that had
-    several; tokens: rows. launches: of jobs, those that found nothing among them, and launch_ns: what they took."""
-
-    jobs: int = 0
-    messages: int = 0
-    joined: int = 0
-    tokens: int = 0
-    refused: int = 0
-    launches: int = 0
-    launch_ns: int = 0
 
 
 @dataclass

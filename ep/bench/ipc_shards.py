@@ -15,7 +15,8 @@ import torch
 from ep.compute.base import JobCompute
 from ep.errors import TransportError
 from ep.ipc_jobs import IpcLimits
-from ep.ipc_server import IpcServer, IpcStats
+from ep.ipc_server import IpcServer
+from ep.ipc_stats import IpcStats
 from ep.kernels.p2p import Job
 from ep.kernels.p2p_layout import MessageShape
 from ep.transport.ipc_device import GpuDevice

@@ -78,6 +78,7 @@ LAYERS = (
             "ep.shard",
             "ep.far_shards",
             "ep.ipc_jobs",
+            "ep.ipc_stats",
             "ep.ipc_options",
             "ep.ipc_router",
             "ep.ipc_setup",
