@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from ep.transport.sockets import SocketTransport
 from tests.unit.shards import KEY, NODE, ShardProcess
 
 NUM_TOKENS = 64
+ANY_NUMBER = 1 << 30
+"""Of tokens: nobody tells the router of vLLM's steps here, and outside of steps it asks nobody."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def _routed(
             if engine is None:
                 overrides = {"architectures": [ARCHITECTURES[spec.family][0]], "quantization_config": None}
                 engine = _engine(model=checkpoint, load_format=LOAD_FORMAT, hf_overrides=overrides, **options)
-            outputs = _generate(engine, prompts, case.num_alone)
+            with router.step(ANY_NUMBER, 1) if isinstance(router, IpcRouter) else nullcontext():
+                outputs = _generate(engine, prompts, case.num_alone)
             router.take_load()
             found.append([list(output.token_ids) for output in outputs])
             assert all(link.requests for link in router.stats()), "a shard was never asked"
