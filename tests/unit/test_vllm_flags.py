@@ -16,6 +16,7 @@ from ep.vllm_flags import check_supported, tensor_parallel_size, vllm_flags
 
 AS_PARSED = {
     "pipeline_parallel_size": 1,
+    "api_server_count": None,
     "tensor_parallel_size": 1,
     "data_parallel_size": 1,
     "enable_expert_parallel": False,
@@ -64,6 +65,7 @@ def test_data_parallelism_is_asked_for_by_routers(flag: str) -> None:
     ("change", "words"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"api_server_count": 2}, "--api-server-count 2"),
         ({"enable_expert_parallel": True}, "--enable-expert-parallel.*--shards"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size 2.*spelt out"),
         ({"data_parallel_size": 2}, "data_parallel_size 2.*--routers"),
