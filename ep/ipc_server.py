@@ -99,6 +99,7 @@ class IpcServer:
         self._counts, self._refused, self._launches, self._launch_ns = [0] * layout.NUM_COUNTS, 0, 0, 0
         self._launched = self._in_vain = 0
         self._launch_began: float | None = None
+        self._counting = threading.Lock()
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -121,11 +122,12 @@ class IpcServer:
 
     @property
     def stats(self) -> IpcStats:
-        """From any thread."""
+        """From any thread; the device's sums wrap around, so at least once in 2^32 tokens."""
         sums = self._host_words[layout.DONE + 1 : layout.DONE + 1 + layout.NUM_COUNTS]
-        for place, count in enumerate(sums):
-            self._counts[place] += (count - self._counts[place]) & _MASK
-        jobs, messages, joined, tokens = self._counts
+        with self._counting:
+            for place, count in enumerate(sums):
+                self._counts[place] += (count - self._counts[place]) & _MASK
+            jobs, messages, joined, tokens = self._counts
         return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
 
     @property
