@@ -33,6 +33,7 @@ from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p import Desk, Job
 from ep.kernels.p2p_layout import Header, MessageShape
+from ep.kernels.shared_memory import Mapped
 from ep.transport import mailbox
 from ep.transport.ipc_device import IpcDevice, Launch
 from ep.transport.ipc_handles import RouterHandles, ShardHandles
@@ -49,7 +50,7 @@ class _Peer:
 
     router_idx: int
     inbox: torch.Tensor
-    box: torch.Tensor
+    box: Mapped
     place: int
     seen: int
 

@@ -22,6 +22,7 @@ from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedErr
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p_layout import MessageShape
+from ep.kernels.shared_memory import Mapped
 from ep.placement import Placement
 from ep.transport import mailbox
 from ep.transport.ipc_device import IpcDevice
@@ -84,7 +85,7 @@ class IpcTransport:
         replicas = torch.full((*size, num_shards), -1, dtype=torch.int32, device=place)
         num_replicas = torch.ones(size, dtype=torch.int32, device=place)
         self._tables = p2p.Tables(replicas, num_replicas, placement.slots_per_shard)
-        self._opened: list[torch.Tensor | None] = [None] * num_shards
+        self._opened: list[Mapped | None] = [None] * num_shards
         self._is_closed = False
         self._lost: dict[int, TransportError] = {}
         self._rows = 0

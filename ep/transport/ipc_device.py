@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ep.kernels import runtime
-from ep.kernels.runtime import SharedTensor
+from ep.kernels import runtime, shared_memory
+from ep.kernels.shared_memory import Mapped, SharedTensor
 
 Launch = Callable[[], None]
 
@@ -44,7 +44,7 @@ class IpcDevice(Protocol):
         """tensor: of `shared_zeros`."""
         ...
 
-    def open(self, handle: TensorHandle) -> torch.Tensor:
+    def open(self, handle: TensorHandle) -> Mapped:
         """Memory of another GPU or process as kernels here use it. Raises RuntimeError."""
         ...
 
@@ -90,17 +90,17 @@ class GpuDevice:
             runtime.ignore_captures()
 
     def shared_zeros(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        return shared_memory.zeros(num_bytes, self.torch_device)
 
     def share(self, tensor: torch.Tensor) -> TensorHandle:
         _shared_here[tensor.data_ptr()] = tensor
-        return TensorHandle(os.getpid(), tensor.data_ptr(), runtime.share(tensor))
+        return TensorHandle(os.getpid(), tensor.data_ptr(), shared_memory.share(tensor))
 
-    def open(self, handle: TensorHandle) -> torch.Tensor:
+    def open(self, handle: TensorHandle) -> Mapped:
         if handle.pid == os.getpid():  # a process cannot map its own memory a second time
             return _shared_here[handle.address]
         assert isinstance(handle.shared, SharedTensor)
-        return runtime.open_shared(handle.shared, self.torch_device.index)
+        return shared_memory.open_shared(handle.shared, self.torch_device.index)
 
     def map_host(self, address: int, num_bytes: int) -> int:
         users, mapped = _registered.get(address, (0, 0))
