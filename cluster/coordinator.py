@@ -19,11 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ep.cluster.gpus import KEEP_VISIBLE
 from ep.cluster.hosted import HostedShard
 from ep.cluster.hosts import HostWatch, live_hosts
-from ep.cluster.members import CoordinatorSetup, Member, ShardState
+from ep.cluster.members import SERVING, CoordinatorSetup, Member, ShardState
 from ep.cluster.rebalancer import Outcome, Rebalancer
 from ep.cluster.shard_actor import ShardActor, ShardSetup
 from ep.errors import ClusterError, ShardLostError, UserError
-from ep.link import NAMESPACE, Link
+from ep.link import NAMESPACE
 from ep.placement import Placement
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class Coordinator:
         self._started_at = time.time()
         self._hosts.start()
         for shard in self._shards[: setup.num_hosted]:
-            shard.actor, shard.state, shard.incarnation = _hosted(setup.link, shard.shard_idx), "loading", 1
+            shard.actor = HostedShard(setup.link.router_name(shard.shard_idx))
+            shard.state, shard.incarnation = "loading", 1
         for shard in self._shards[setup.num_hosted :]:
             threading.Thread(
                 target=self._keep_alive, args=(shard,), daemon=True, name=f"keep-{shard.shard_idx}"
@@ -71,6 +72,9 @@ class Coordinator:
 
     def set_auto_rebalance(self, auto: bool) -> None:
         self._rebalancer.set_auto(auto)
+
+    def is_serving(self) -> bool:
+        return self._all_up() and set(self._phases.values()) == {SERVING}
 
     def actors(self) -> list[Any]:
         with self._changed:
@@ -326,10 +330,6 @@ class Coordinator:
 
     def _failed(self) -> ShardState | None:
         return next((shard for shard in self._shards if shard.state == "failed"), None)
-
-
-def _hosted(link: Link, shard_idx: int) -> HostedShard:
-    return HostedShard(link.router_name(shard_idx))
 
 
 def _end(actor: Any) -> None:

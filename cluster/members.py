@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ep.transport.base import Endpoint
 
 
+SERVING = "serving"
+"""The phase of a router once the server answers."""
+
+
 @dataclass(frozen=True)
 class CoordinatorSetup:
     """hosts: the address of each shard's host, a bundle of the placement group for each but the first num_hosted ones,

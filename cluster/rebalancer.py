@@ -85,6 +85,10 @@ class Outcome:
 class Members(Protocol):
     """What a rebalancer needs of the coordinator."""
 
+    def is_serving(self) -> bool:
+        """Whether all shards and routers are there."""
+        ...
+
     def actors(self) -> list[Any]:
         """Of all shards, by index. Raises ClusterError if one is not up."""
         ...
@@ -140,7 +144,7 @@ class Rebalancer:
             try:
                 force, reason, future = self._asked.get(timeout=self._options.interval_s)
             except queue.Empty:
-                if self._auto:
+                if self._auto and self._members.is_serving():  # nothing has failed while they load
                     self._try(False, "automatic")
                 continue
             future.set_result(self._try(force, reason))

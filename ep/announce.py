@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
 
+from ep.cluster.members import SERVING
 from ep.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: t
             last = phase
         if ended.wait(0.25):
             return
-    launch.set_phase("serving")
+    launch.set_phase(SERVING)
     terminal.say(f"[green]serving {options.model} at {base}/v1[/green]  (Ctrl-C stops it)")
     if terminal.log is not None:
         terminal.say(f"log: {terminal.log}")

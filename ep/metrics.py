@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from ep.load import ROUND_TRIP_BOUNDS_US
+from ep.metrics_file import write
 from ep.planning.imbalance import imbalance
 
 ASK_EVERY_S = 5.0
@@ -32,15 +34,21 @@ Answers = dict[str, Any]
 class ClusterMetrics(Collector):
     """Asks in a thread between `start` and `stop`, and is meanwhile a collector of the registry.
 
-    ask: returns the answers; whatever it raises means that there are none.
+    ask: returns the answers; whatever it raises means that there are none. file: written after every answer, for
+    processes that show the same (ep/metrics_file.py).
     """
 
     def __init__(
-        self, ask: Callable[[], Answers], every_s: float = ASK_EVERY_S, registry: CollectorRegistry = REGISTRY
+        self,
+        ask: Callable[[], Answers],
+        every_s: float = ASK_EVERY_S,
+        registry: CollectorRegistry = REGISTRY,
+        file: Path | None = None,
     ) -> None:
         self._ask = ask
         self._every_s = every_s
         self._registry = registry
+        self._file = file
         self._answers: Answers | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="metrics")
@@ -53,6 +61,8 @@ class ClusterMetrics(Collector):
         self._stopped.set()
         self._registry.unregister(self)
         self._thread.join(_STOP_S)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def describe(self) -> Iterable[Metric]:
         return families({"coordinator": {}, "routers": []})
@@ -67,6 +77,8 @@ class ClusterMetrics(Collector):
                 self._answers = self._ask()
             except Exception:  # actors die in many ways; none of them is the scraper's concern
                 self._answers = None
+            if self._file is not None:
+                write(self._file, self)
             if self._stopped.wait(self._every_s):
                 return
 

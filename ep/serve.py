@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ep.placement import Placement, even_split, with_spares
 from ep.planning.plan import plan
 from ep.planning.request import PlanRequest
 from ep.target import Target, resolve_target
-from ep.terminal import Terminal
+from ep.terminal import Terminal, state_dir
 from ep.trace_path import check_trace, trace_path
 from ep.vllm_flags import check_supported, tensor_parallel_size, vllm_flags
 
@@ -224,13 +225,14 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             server.split_at_experts(args)
         check_supported(args, options.routers, ranks)
         launch.link.export()
-        metrics = ClusterMetrics(launch.metrics)
+        shared = metrics_file(instance)
+        metrics = ClusterMetrics(launch.metrics, file=shared if (args.api_server_count or 1) > 1 else None)
         metrics.start()
         ended = threading.Event()
         announcing = threading.Thread(target=announce, args=(options, launch, terminal, ended), daemon=True)
         announcing.start()
         try:
-            server.run(args)
+            server.run(args, shared)
         except Exception as error:
             if launch.has_failed_shard():
                 launch.wait_for_shards()
@@ -245,6 +247,13 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
     finally:
         _ignore_signals()
         launch.close()
+
+
+def metrics_file(instance: str) -> Path:
+    """Where the cluster's metrics are for API servers in processes of their own."""
+    folder = state_dir() / "metrics"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{instance}.prom"
 
 
 def _root_cause(launch: Launch, error: Exception) -> str:

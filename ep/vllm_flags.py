@@ -81,8 +81,8 @@ def check_supported(args: Any, routers: int, ranks: int) -> None:
         raise OptionError(f"--pipeline-parallel-size {pipeline}: expected 1, every router has all layers")
     if args.enable_expert_parallel:
         raise OptionError("--enable-expert-parallel: vLLM holds no experts here, expected --shards N before `--`")
-    if (args.api_server_count or 1) != 1:
-        raise OptionError(f"--api-server-count {args.api_server_count}: expected 1, which serves all routers")
+    if args.api_server_count is not None and args.api_server_count < 1:
+        raise OptionError(f"--api-server-count {args.api_server_count}: expected at least 1")
     if tensor != ranks:
         raise OptionError(f"tensor_parallel_size {tensor}: say --tensor-parallel-size N after `--`, spelt out")
     if data != routers:

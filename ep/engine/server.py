@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -62,23 +63,31 @@ def is_cpu() -> bool:
     return current_platform.is_cpu()
 
 
-def run(args: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM."""
+def run(args: argparse.Namespace, metrics: Path) -> None:
+    """Serve until SIGINT or SIGTERM. metrics: the file with the cluster's, for processes other than this one."""
+    if (args.api_server_count or 1) > 1:
+        from ep.engine import api_servers
+
+        api_servers.run(args, metrics, _naming_errors)
+    else:
+        _naming_errors(lambda: uvloop.run(entry.run_server(args)))
+
+
+def _naming_errors(serve: Callable[[], Any]) -> None:
+    """vLLM's server says "Internal server error" for a request that its engine ended with an error; say which."""
     build = entry.build_async_engine_client
 
     @asynccontextmanager
     async def build_naming_errors(*positional: Any, **options: Any) -> AsyncIterator[Any]:
         async with build(*positional, **options) as engine:
-            engine.generate = _naming_errors(engine.generate)
+            engine.generate = _or_raise(engine.generate)
             yield engine
 
     with swapped(entry, "build_async_engine_client", build_naming_errors):
-        uvloop.run(entry.run_server(args))
+        serve()
 
 
-def _naming_errors(generate: Any) -> Any:
-    """vLLM's server says "Internal server error" for a request that its engine ended with an error; say which."""
-
+def _or_raise(generate: Any) -> Any:
     async def generate_or_raise(*positional: Any, **options: Any) -> AsyncIterator[Any]:
         async for output in generate(*positional, **options):
             for completion in output.outputs:

@@ -27,9 +27,10 @@ LOAD = StreamLoad(num_prompts=32, concurrency=16, input_len=24, output_len=96)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("rebalance")
-    flags = ("--synthetic", "--address", "local", "--shards", "4", "--redundant", "8", "--no-auto-rebalance")
-    flags += ("--rebalance-interval", "3")
+    flags = ("--synthetic", "--address", "local", "--shards", "4", "--redundant", "8", "--rebalance-interval", "1")
     with serve(MODEL, *flags, "--trace", str(folder / "load.trace"), folder=folder) as served:
+        assert not served.status()["rebalances"].get("failed")  # while it started there was nothing to fail
+        assert not rebalance(served, "--no-auto")["auto_rebalance"]
         yield served
 
 

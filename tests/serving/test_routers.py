@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from openai import APIStatusError, OpenAI
 
+from ep.metrics import ASK_EVERY_S
 from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from ep.trace import Trace
@@ -49,6 +51,7 @@ class Seen:
     trace: Trace | None = None
     transport: str = ""
     victim: int = 0
+    metrics: str = ""
     output: str = ""
     failed: str = ""
 
@@ -106,10 +109,12 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     flags = ("--synthetic", "--address", "local", "--routers", "2", "--no-auto-rebalance")
     flags += ("--trace", str(path), "--trace-window", "1", "--transport", request.param)
     seen.transport, seen.victim = request.param, 1
+    vllm_flags = KV_CACHE
     if request.param == "ipc":
         seen.victim = 2
         flags += ("--shards", "3", "--share-gpus")
-    with serve(MODEL, *flags, "--", *KV_CACHE, folder=folder, exit_code=1) as server:
+        vllm_flags += ("--api-server-count", "2")
+    with serve(MODEL, *flags, "--", *vllm_flags, folder=folder, exit_code=1) as server:
         seen.status["start"] = server.status()
         seen.said["alone"] = ask(server, router=0)
         seen.status["alone"] = server.status()
@@ -123,6 +128,10 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         seen.status["moved"] = server.status()
         live = ("report", "--live", "--json", "--address", server.ray_address)
         seen.live = json.loads(run_ep(*live, environment=server.environment).stdout)
+        deadline = time.monotonic() + 3 * ASK_EVERY_S
+        while "ep_rebalances_total" not in seen.metrics and time.monotonic() < deadline:
+            seen.metrics = server.get("/metrics")
+            time.sleep(0.2)
         os.kill(seen.status["moved"]["routers"][1]["pid"], signal.SIGKILL)
     seen.trace, seen.output = read_all_parts(path), server.output.read_text()
     return seen
@@ -167,6 +176,14 @@ def test_the_trace_has_the_sum_of_both(two: Seen) -> None:
     assert sum(window.num_decode_tokens for window in two.trace.windows) == decoded
     assert [phase["tokens"] for phase in two.live["phases"] if phase["phase"] == "decode"] == [decoded]
     assert two.live["trace"]["num_routers"] == 2
+
+
+def test_every_api_server_shows_all_there_is(two: Seen) -> None:
+    assert 'ep_rebalances_total{outcome="moved"} 1.0' in two.metrics
+    shards = {"0", "1", "2"} if two.transport == "ipc" else {"0", "1"}
+    assert set(re.findall(r'^ep_shard_up\{shard="(\d)"\} 1\.0', two.metrics, re.MULTILINE)) == shards
+    generated = re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", two.metrics, re.MULTILINE)
+    assert sum(map(float, generated)) == len(two.said) * NUM_PROMPTS * NUM_TOKENS
 
 
 def test_a_router_that_ends_is_named(two: Seen) -> None:

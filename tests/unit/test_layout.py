@@ -88,7 +88,11 @@ LAYERS = (
         ),
         frozenset({"torch", "numpy"}),
     ),
-    Layer("engine", ("ep.engine", "ep.plugin"), frozenset({"torch", "numpy", "vllm", "uvloop"})),
+    Layer(
+        "engine",
+        ("ep.engine", "ep.plugin", "ep.metrics_file"),
+        frozenset({"torch", "numpy", "vllm", "uvloop", "prometheus_client"}),
+    ),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(
         "commands",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ep.link_stats import LinkStats
 from ep.load import round_trip_histogram
 from ep.metrics import ClusterMetrics
+from ep.metrics_file import MetricsFile
 
 TIMES_US = (3.0, 8.0, 300.0, 301.0, 5e4, 9e7)
 NAMES = {
@@ -147,3 +150,20 @@ def test_other_metrics_of_the_registry_stay() -> None:
     metrics.stop()
     assert samples["vllm_requests_total", frozenset()] == 1
     assert np.isfinite(list(samples.values())).all()
+
+
+def test_another_process_shows_the_same_from_a_file(tmp_path: Path) -> None:
+    file, registry, other = tmp_path / "cluster.prom", CollectorRegistry(), CollectorRegistry()
+    other.register(MetricsFile(file))
+    assert generate_latest(other) == b""
+    metrics = ClusterMetrics(lambda: answers(), every_s=0.01, registry=registry, file=file)
+    metrics.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not generate_latest(other):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert generate_latest(other) == generate_latest(registry) != b""
+    finally:
+        metrics.stop()
+    assert not file.exists() and generate_latest(other) == b""

@@ -65,7 +65,7 @@ def test_data_parallelism_is_asked_for_by_routers(flag: str) -> None:
     ("change", "words"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
-        ({"api_server_count": 2}, "--api-server-count 2"),
+        ({"api_server_count": 0}, "--api-server-count 0"),
         ({"enable_expert_parallel": True}, "--enable-expert-parallel.*--shards"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size 2.*spelt out"),
         ({"data_parallel_size": 2}, "data_parallel_size 2.*--routers"),
