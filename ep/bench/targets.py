@@ -19,7 +19,7 @@ from ep.plugin import NATIVE_LOAD_FORMAT
 from ep.terminal import Terminal
 from ep.vllm_flags import KV_CACHE_BYTES
 
-_NATIVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+_NATIVE = (sys.executable, "-m", "ep.bench.native_server")
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ LAYERS = (
                 "rich",
                 "tomli",
                 "triton",
+                "uvloop",
                 "vllm",
             }
         ),
@@ -149,6 +150,7 @@ ONLY = {
         "ep.cluster.scheduler",
         "ep.cluster.worker",
         "ep.bench.kernel_baselines",
+        "ep.bench.native_server",
         "ep.bench.placement_baseline",
         "ep.bench.vllm_client",
     ),
