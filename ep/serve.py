@@ -225,14 +225,14 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
             server.split_at_experts(args)
         check_supported(args, options.routers, ranks)
         launch.link.export()
-        shared = metrics_file(instance)
-        metrics = ClusterMetrics(launch.metrics, file=shared if (args.api_server_count or 1) > 1 else None)
+        file = metrics_file(instance) if (args.api_server_count or 1) > 1 else None
+        metrics = ClusterMetrics(launch.metrics, file=file)
         metrics.start()
         ended = threading.Event()
         announcing = threading.Thread(target=announce, args=(options, launch, terminal, ended), daemon=True)
         announcing.start()
         try:
-            server.run(args, shared)
+            server.run(args, file)
         except Exception as error:
             if launch.has_failed_shard():
                 launch.wait_for_shards()

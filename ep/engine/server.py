@@ -63,14 +63,15 @@ def is_cpu() -> bool:
     return current_platform.is_cpu()
 
 
-def run(args: argparse.Namespace, metrics: Path) -> None:
-    """Serve until SIGINT or SIGTERM. metrics: the file with the cluster's, for processes other than this one."""
-    if (args.api_server_count or 1) > 1:
+def run(args: argparse.Namespace, metrics: Path | None) -> None:
+    """Serve until SIGINT or SIGTERM. metrics: the file with the cluster's, where API servers have processes of their
+    own; None for one in this process."""
+    if metrics is None:
+        _naming_errors(lambda: uvloop.run(entry.run_server(args)))
+    else:
         from ep.engine import api_servers
 
         api_servers.run(args, metrics, _naming_errors)
-    else:
-        _naming_errors(lambda: uvloop.run(entry.run_server(args)))
 
 
 def _naming_errors(serve: Callable[[], Any]) -> None:
