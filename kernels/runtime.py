@@ -9,8 +9,8 @@ on ROCm) is used under that name; the rest goes to the driver's own library.
     memory
     captures of other     cuThreadExchangeStreamCaptureMode  hipThreadExchangeStreamCaptureMode
     threads
-    memory that GPUs write      PyTorch's                     hipExtMallocWithFlags, uncached (kernels/shared_memory.py)
-    for each other
+    memory that GPUs write      PyTorch's; cuMemAlloc in a    hipExtMallocWithFlags, uncached
+    for each other              test (kernels/shared_memory.py)
     which GPUs a process sees   CUDA_VISIBLE_DEVICES          HIP_VISIBLE_DEVICES
     Ray leaves that alone       RAY_EXPERIMENTAL_NOSET_CUDA_  RAY_EXPERIMENTAL_NOSET_HIP_
                                 VISIBLE_DEVICES               VISIBLE_DEVICES
@@ -31,9 +31,26 @@ HOST_REGISTER_FLAGS = 3
 RELAXED = 2
 """cudaStreamCaptureModeRelaxed, the same number as HIP's."""
 
+UNCACHED = 3
+"""hipDeviceMallocUncached."""
+
+
+@dataclass(frozen=True)
+class MemoryCalls:
+    """Names of the driver's functions. flags: of `allocate`, after the size; None where it takes none."""
+
+    allocate: str
+    flags: int | None
+    free: str
+    get_handle: str
+    open_handle: str
+    close_handle: str
+
+
 @dataclass(frozen=True)
 class Platform:
-    """Names that differ. library: the driver's own."""
+    """Names that differ. library: the driver's own. memory: how kernels/shared_memory.py has it, CUDA's as HIP's
+    counterparts, by which the same code is tested on NVIDIA."""
 
     name: str
     library: str
@@ -41,6 +58,7 @@ class Platform:
     capture_mode: str
     visible_devices: str
     ray_keeps_visible_devices: str
+    memory: MemoryCalls
 
 
 CUDA = Platform(
@@ -50,6 +68,14 @@ CUDA = Platform(
     capture_mode="cuThreadExchangeStreamCaptureMode",
     visible_devices="CUDA_VISIBLE_DEVICES",
     ray_keeps_visible_devices="RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
+    memory=MemoryCalls(
+        allocate="cuMemAlloc_v2",
+        flags=None,
+        free="cuMemFree_v2",
+        get_handle="cuIpcGetMemHandle",
+        open_handle="cuIpcOpenMemHandle_v2",
+        close_handle="cuIpcCloseMemHandle",
+    ),
 )
 HIP = Platform(
     name="hip",
@@ -58,6 +84,14 @@ HIP = Platform(
     capture_mode="hipThreadExchangeStreamCaptureMode",
     visible_devices="HIP_VISIBLE_DEVICES",
     ray_keeps_visible_devices="RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES",
+    memory=MemoryCalls(
+        allocate="hipExtMallocWithFlags",
+        flags=UNCACHED,
+        free="hipFree",
+        get_handle="hipIpcGetMemHandle",
+        open_handle="hipIpcOpenMemHandle",
+        close_handle="hipIpcCloseMemHandle",
+    ),
 )
 
 

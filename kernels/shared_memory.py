@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from ep.kernels import runtime
+from ep.kernels.runtime import MemoryCalls
 
 HANDLE_BYTES = 64
 """Of a hipIpcMemHandle_t, and of a CUipcMemHandle."""
-UNCACHED = 3
-"""hipDeviceMallocUncached."""
 ENABLE_PEERS = 1
 """hipIpcMemLazyEnablePeerAccess, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS."""
 STORAGE_DEVICE = 6
@@ -30,37 +29,6 @@ class Handle(ctypes.Structure):
     """Passed by value."""
 
     _fields_ = [("data", ctypes.c_ubyte * HANDLE_BYTES)]
-
-
-@dataclass(frozen=True)
-class Calls:
-    """Names of the driver's functions. flags: of `allocate`, after the size; None where it takes none."""
-
-    allocate: str
-    flags: int | None
-    free: str
-    get_handle: str
-    open_handle: str
-    close_handle: str
-
-
-HIP = Calls(
-    allocate="hipExtMallocWithFlags",
-    flags=UNCACHED,
-    free="hipFree",
-    get_handle="hipIpcGetMemHandle",
-    open_handle="hipIpcOpenMemHandle",
-    close_handle="hipIpcCloseMemHandle",
-)
-CUDA = Calls(
-    allocate="cuMemAlloc_v2",
-    flags=None,
-    free="cuMemFree_v2",
-    get_handle="cuIpcGetMemHandle",
-    open_handle="cuIpcOpenMemHandle_v2",
-    close_handle="cuIpcCloseMemHandle",
-)
-"""HIP's counterparts, by which the same code is tested on NVIDIA."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +55,7 @@ def zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     if runtime.platform() is runtime.CUDA:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
-        tensor = Memory.allocate(runtime.driver(), HIP, num_bytes).tensor(device).zero_()
+        tensor = Memory.allocate(runtime.driver(), runtime.HIP.memory, num_bytes).tensor(device).zero_()
         torch.cuda.synchronize(device)
     return tensor
 
@@ -99,7 +67,7 @@ def share(tensor: torch.Tensor) -> SharedTensor:
 
         rebuild, arguments = reduce_tensor(tensor)
         return SharedTensor(arguments, rebuild)
-    handle = get_handle(runtime.driver(), HIP, tensor.data_ptr())
+    handle = get_handle(runtime.driver(), runtime.HIP.memory, tensor.data_ptr())
     return SharedTensor(handle=handle, num_bytes=tensor.nbytes)
 
 
@@ -114,7 +82,7 @@ def open_shared(shared: SharedTensor, device_index: int) -> Mapped:
         arguments[STORAGE_DEVICE] = device_index
         return shared.rebuild(*arguments)
     with torch.cuda.device(device_index):
-        return Memory.open(runtime.driver(), HIP, shared.handle, shared.num_bytes)
+        return Memory.open(runtime.driver(), runtime.HIP.memory, shared.handle, shared.num_bytes)
 
 
 class Memory:
@@ -128,14 +96,14 @@ class Memory:
         return self._address
 
     @classmethod
-    def allocate(cls, driver: Any, calls: Calls, num_bytes: int) -> Memory:
+    def allocate(cls, driver: Any, calls: MemoryCalls, num_bytes: int) -> Memory:
         """In the context of the current device; uncached where `calls` say so, and not set to anything."""
         flags = () if calls.flags is None else (ctypes.c_uint(calls.flags),)
         address = _find(driver, calls.allocate, ctypes.c_size_t(num_bytes), *flags)
         return cls(address, num_bytes, lambda at: getattr(driver, calls.free)(ctypes.c_void_p(at)))
 
     @classmethod
-    def open(cls, driver: Any, calls: Calls, handle: bytes, num_bytes: int) -> Memory:
+    def open(cls, driver: Any, calls: MemoryCalls, handle: bytes, num_bytes: int) -> Memory:
         """Memory of another process, mapped into the context of the current device."""
         passed = Handle.from_buffer_copy(handle)
         address = _find(driver, calls.open_handle, passed, ctypes.c_uint(ENABLE_PEERS))
@@ -155,7 +123,7 @@ class Memory:
         self._give_back(self._address)
 
 
-def get_handle(driver: Any, calls: Calls, address: int) -> bytes:
+def get_handle(driver: Any, calls: MemoryCalls, address: int) -> bytes:
     """By which another process opens memory that was allocated at this address. Raises RuntimeError."""
     handle = Handle()
     runtime.check(getattr(driver, calls.get_handle)(ctypes.byref(handle), ctypes.c_void_p(address)), calls.get_handle)

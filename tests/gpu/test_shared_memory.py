@@ -14,14 +14,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 NUM_BYTES = 3 << 20
 
 
-def calls() -> shared_memory.Calls:
-    return shared_memory.CUDA if runtime.platform() is runtime.CUDA else shared_memory.HIP
-
-
 def add_one(handle: bytes) -> None:
     """In another process."""
     torch.cuda.set_device(0)
-    memory = Memory.open(runtime.driver(), calls(), handle, NUM_BYTES).tensor(torch.device("cuda", 0))
+    memory = Memory.open(runtime.driver(), runtime.platform().memory, handle, NUM_BYTES).tensor(torch.device("cuda", 0))
     assert (memory == 3).all()
     memory += 1
     torch.cuda.synchronize()
@@ -29,9 +25,10 @@ def add_one(handle: bytes) -> None:
 
 def test_another_process_writes_into_it() -> None:
     torch.cuda.set_device(0)
-    memory = Memory.allocate(runtime.driver(), calls(), NUM_BYTES).tensor(torch.device("cuda", 0)).fill_(3)
+    allocated = Memory.allocate(runtime.driver(), runtime.platform().memory, NUM_BYTES)
+    memory = allocated.tensor(torch.device("cuda", 0)).fill_(3)
     torch.cuda.synchronize()
-    handle = shared_memory.get_handle(runtime.driver(), calls(), memory.data_ptr())
+    handle = shared_memory.get_handle(runtime.driver(), runtime.platform().memory, memory.data_ptr())
     process = multiprocessing.get_context("spawn").Process(target=add_one, args=(handle,))
     process.start()
     process.join(60)

@@ -10,9 +10,11 @@ import subprocess
 
 import pytest
 
-from ep.kernels import shared_memory
-from ep.kernels.shared_memory import HIP, Calls, Memory, SharedTensor, get_handle
+from ep.kernels import runtime, shared_memory
+from ep.kernels.runtime import MemoryCalls
+from ep.kernels.shared_memory import Memory, SharedTensor, get_handle
 
+HIP = runtime.HIP.memory
 SOURCE = """
 #include <stdlib.h>
 #include <string.h>
@@ -50,7 +52,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def test_memory_is_uncached_and_given_back(driver: ctypes.CDLL) -> None:
     memory = Memory.allocate(driver, HIP, 4096)
-    assert (driver.count(0), driver.count(2)) == (1, shared_memory.UNCACHED)
+    assert (driver.count(0), driver.count(2)) == (1, runtime.UNCACHED)
     ctypes.memset(memory.data_ptr(), 7, 4096)
     assert memory.__cuda_array_interface__["data"] == (memory.data_ptr(), False)
     handle = get_handle(driver, HIP, memory.data_ptr())
@@ -72,5 +74,5 @@ def test_what_the_driver_refuses_is_an_error(driver: ctypes.CDLL) -> None:
 
 
 def test_both_platforms_have_every_call() -> None:
-    assert set(vars(HIP)) == set(vars(shared_memory.CUDA)) == set(Calls.__dataclass_fields__)
+    assert set(vars(HIP)) == set(vars(runtime.CUDA.memory)) == set(MemoryCalls.__dataclass_fields__)
     assert all(name.startswith("hip") for key, name in vars(HIP).items() if key != "flags")
