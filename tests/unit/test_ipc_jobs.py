@@ -1,0 +1,47 @@
+"""When a shard's host launches its next job, and how large it is."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ep.ipc_jobs import Demand, IpcLimits, bucket
+
+
+@given(num_rows=st.integers(1, 5000))
+def test_buckets_are_the_smallest_that_fit(num_rows: int) -> None:
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 5120, 64)]
+    assert bucket(num_rows) == min(size for size in sizes if size >= num_rows)
+
+
+@given(
+    limits=st.builds(IpcLimits, job_tokens=st.integers(8, 64), graph_tokens=st.integers(0, 64),
+                     depth=st.integers(1, 4), linger_s=st.sampled_from([0.0, 1.0])),
+    messages=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 100), st.booleans()), max_size=8),
+    in_flight=st.integers(0, 5), pause=st.sampled_from([0.0, 0.5, 2.0]),
+)  # fmt: skip
+def test_there_is_a_job_whenever_somebody_waits_for_one(
+    limits: IpcLimits, messages: list[tuple[int, int, bool]], in_flight: int, pause: float
+) -> None:
+    answered = [0] * 4
+    demand = Demand(limits, answered)
+    for router in range(4):
+        demand.join(router)
+    newest: dict[int, tuple[int, int, bool]] = {}
+    for seq, (router, rows, is_answered) in enumerate(messages, start=1):
+        demand.note(router, seq, rows, now=0.0)
+        newest[router] = (seq, rows, is_answered)
+    for router, (seq, _, is_answered) in newest.items():
+        answered[router] = seq if is_answered else seq - 1
+    capacity = demand.next_job(in_flight, now=pause)
+    waiting = [rows for _, rows, is_answered in newest.values() if not is_answered]
+    is_lingering = bool(messages) and pause < limits.linger_s
+    assert 0 <= capacity <= limits.job_tokens
+    assert capacity >= min(sum(waiting), limits.job_tokens) or in_flight
+    assert not capacity or waiting or is_lingering
+    assert capacity or in_flight or not (waiting or is_lingering)
+    assert not capacity or in_flight < limits.depth
+    for router in list(newest):
+        demand.leave(router)
+        demand.join(router)  # another one: nothing is known of what it wants
+    assert is_lingering or not demand.next_job(0, now=pause)
