@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class ClusterMetrics(Collector):
             except Exception:  # actors die in many ways; none of them is the scraper's concern
                 self._answers = None
             if self._file is not None:
-                write(self._file, self)
+                with suppress(OSError):  # a full disk: the next answers may find room
+                    write(self._file, self)
             if self._stopped.wait(self._every_s):
                 return
 
