@@ -27,7 +27,7 @@ import torch
 
 from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
-from ep.ipc_jobs import Demand, IpcLimits, bucket
+from ep.ipc_jobs import Demand, IpcLimits, bucket, likely_rows
 from ep.ipc_stats import IpcStats
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
@@ -280,7 +280,7 @@ class IpcServer:
             self._desk.inboxes[router_idx] = inbox.data_ptr()
             self._desk.taken[router_idx] = torch.tensor([newest, newest, 0, -1])
             self._boxes[router_idx] = box.data_ptr() + first + shard_idx * message.partial_bytes
-            self._flags[router_idx] = box.data_ptr() + shard_idx * layout.LINE
+            self._flags[router_idx] = box.data_ptr() + 4 * shard_idx * message.max_tokens
             self._host_words[layout.ANSWERED + router_idx] = newest
         self._peers[router_idx] = _Peer(router_idx, inbox, box, place, self._block.words[place])
         self._demand.join(router_idx)
@@ -317,7 +317,8 @@ class IpcServer:
         elif header.layer_pos >= self._num_layers or header.num_tokens > self._message.max_tokens:
             self._refuse(peer, header.seq, mailbox.OUT_OF_RANGE, header.layer_pos)
         else:
-            self._demand.note(peer.router_idx, header.seq, header.num_tokens, now)
+            rows = likely_rows(header.num_tokens, self._message.top_k, self._block.num_shards)
+            self._demand.note(peer.router_idx, header.seq, rows, now)
 
     def _refuse(self, peer: _Peer, seq: int, code: int, value: int) -> None:
         """The router's wait ends, and its `check` says why."""

@@ -1,15 +1,17 @@
 """Router and shards on GPUs of one node that write into each other's memory: the kernels of one round trip.
 
-    router   plan ─> put ─────────────────────────────────────────> wait ─> combine
-                      └─ rows, header ─> inboxes                     ^
-    shard                       take ─> collect ─> experts ─> return ┴ partials, flags
+    router   dispatch ────────────────────────────────────────────> wait ─> combine
+               └─ header, rows and flags ─> inboxes                  ^
+    shard                             take ─> collect ─> experts ─> return: partials and flags
 
-A shard's job may be launched before the message is there that it takes: ep/ipc_server.py keeps some of them ahead.
+A shard's job may be launched before the message is there that it takes: ep/ipc_server.py keeps some of them ahead. It
+learns of a message before its rows are there, and every row has a flag of its own at either end: nobody waits for a
+last program.
 Static shapes, counts that live on the device, no allocation, no word from a host: all of it may be captured in graphs.
 One source for NVIDIA and AMD; kernels/p2p_layout.py says what lies where, kernels/p2p_reference.py has torch twins.
 
 Shapes: T rows of a call, K choices per token, H hidden, S shards, P slots per shard, L MoE layers, E logical experts, R
-replicas of an expert at most, N routers of a shard, C capacity of a job.
+replicas of an expert at most, N routers of a shard, C capacity of a job, M most tokens of a message.
 """
 
 from __future__ import annotations
@@ -23,19 +25,23 @@ import triton.language as tl
 
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p_layout import MessageShape
-from ep.kernels.p2p_router import combine_kernel, plan_kernel, put_kernel, wait_kernel
+from ep.kernels.p2p_router import combine_kernel, dispatch_kernel, wait_kernel
 from ep.kernels.p2p_shard import collect_kernel, return_kernel, take_kernel
 from ep.kernels.quant import fp8_max
 from ep.kernels.reference import MIN_AMAX, TOKEN_BLOCK
 
-PLAN_PAIRS = 128
-"""(token, choice) pairs that one program of the plan looks at."""
 WINDOW = 512
 """Tokens among which an expert's pairs are dealt to its replicas in turn."""
+LOOK_BACK = 256
+"""(token, choice) pairs of those that are looked at together."""
 PATIENCE, SLOW = 64, 4096
 """Polls of a wait between looks at the abort word, and after which it says that it waits (about 3 ms)."""
+WAITED_FLAGS = 2048
+"""Flags that a wait looks at together."""
 LOOK = 64
 """Polls of a job that waits for a message between looks at its host's word."""
+FLAG_LOOKS, FLAG_BLOCK = 1 << 14, 256
+"""Looks for the rows of a message whose header is there (about 15 ms), and how many flags are looked at together."""
 FIRST_LAYER = 4
 """By so much longer a job waits for other routers at the first layer: between two steps their hosts have a part."""
 JOIN_ROWS = 256
@@ -63,19 +69,17 @@ class Tables:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the tokens of one call go. Allocated once for max_tokens; a call of T rows uses the first T.
+    """Where the tokens of one call go. Allocated once for M tokens; a call of T rows uses the first T.
 
-    slots [T, K] int32: global slots, -1 for a row that is padding. local_slots [T, K] int32: those of local_shard in
-    its own numbering, -1 for all others. position [S, max_tokens] int32: the row of a token in a shard's message, -1
-    for none. counts [S] int32: rows of each message. sent [S, 2] int64: rows and messages to each shard, added up until
-    somebody sets them to zero. is_sent [S] int32: 0 for shards that get no messages, local_shard and those that are
-    reached in another way.
+    slots [M, K] int32: global slots, -1 for a row that is padding. local_slots [M, K] int32: those of local_shard in
+    its own numbering, -1 for all others. owners [M] int64: bit s for a row of shard s's message. sent [S, 2] int64:
+    rows and messages to each shard, added up until somebody sets them to zero. is_sent [S] int32: 0 for shards that get
+    no messages, local_shard and those that are reached in another way.
     """
 
     slots: torch.Tensor
     local_slots: torch.Tensor
-    position: torch.Tensor
-    counts: torch.Tensor
+    owners: torch.Tensor
     sent: torch.Tensor
     is_sent: torch.Tensor
     local_shard: int = -1
@@ -87,15 +91,19 @@ class Plan:
     ) -> Plan:  # fmt: skip
         """far_shards: those that are reached in another way."""
 
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.full(shape, -1, dtype=torch.int32, device=device)
+        def pairs() -> torch.Tensor:
+            return torch.full((max_tokens, top_k), -1, dtype=torch.int32, device=device)
 
-        pairs = (max_tokens, top_k)
-        sent = torch.zeros(num_shards, 2, dtype=torch.int64, device=device)
-        counts = ints(num_shards).zero_()
+        def sums(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
         is_sent = [int(shard != local_shard and shard not in far_shards) for shard in range(num_shards)]
-        return cls(ints(*pairs), ints(*pairs), ints(num_shards, max_tokens), counts, sent,
+        return cls(pairs(), pairs(), sums(max_tokens), sums(num_shards, 2),
                    torch.tensor(is_sent, dtype=torch.int32, device=device), local_shard)  # fmt: skip
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.sent)
 
 
 def supports(message: MessageShape, num_shards: int, num_layers: int) -> tuple[bool, str]:
@@ -107,84 +115,70 @@ def supports(message: MessageShape, num_shards: int, num_layers: int) -> tuple[b
     return message.check()
 
 
-def plan_dispatch(
-    topk_ids: torch.Tensor, tables: Tables, plan: Plan, load: torch.Tensor, words: torch.Tensor, layer_pos: int,
+def dispatch_tokens(
+    x: torch.Tensor, topk_ids: torch.Tensor, weights: torch.Tensor, tables: Tables, plan: Plan, message: MessageShape,
+    load: torch.Tensor, inboxes: torch.Tensor, mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int,
     first_token: int = 0,
 ) -> None:  # fmt: skip
-    """Chooses slots and rows for the tokens of a call and gives its messages their number (words[SEQ] + 1).
+    """Chooses the slots of a call's tokens and writes each row, quantised once, with its slots and weights into the
+    inbox of every shard that has some; a header that says so goes ahead, and into the mailbox for the host.
 
-    topk_ids [T, K] int32. Rows are tokens first_token .. of the step; those at words[NUM_TOKENS] or beyond are padding.
-    load [2, L, E] int64 gets one for each pair, [1] those of tokens before words[NUM_DECODE]. An expert's pairs go to
-    its replicas in turn, by their rank within WINDOW tokens: the same call gives the same answer.
+    x [T, H] bf16, contiguous columns; topk_ids [T, K] int32; weights [T, K] float32; inboxes and mailboxes [S] int64:
+    addresses. Rows are tokens first_token .. of the step; those at words[NUM_TOKENS] or beyond are padding. The
+    messages' number is words[SEQ] + 1. load [2, L, E] int64 gets one for each pair, [1] those of tokens before
+    words[NUM_DECODE]. An expert's pairs go to its replicas in turn, by their rank within WINDOW tokens: the same call
+    gives the same answer. Nothing is sent after a wait was given up.
     """
     num_rows, top_k = topk_ids.shape
     num_layers, num_experts, replicas = tables.replicas.shape
-    num_shards, position_stride = plan.position.shape
-    pad_k, pad_s = triton.next_power_of_2(top_k), triton.next_power_of_2(num_shards)
-    block = max(PLAN_PAIRS // pad_k, 1)
-    plan_kernel[(triton.cdiv(num_rows, block),)](
-        topk_ids, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.position, plan.counts,
-        plan.sent, plan.is_sent, load, words, num_rows, first_token, layer_pos, num_layers, num_experts,
-        tables.slots_per_shard, plan.local_shard, position_stride, TOP_K=top_k, PAD_K=pad_k, REPLICAS=replicas,
-        SHARDS=num_shards, PAD_S=pad_s, BLOCK_T=block, WINDOW=max(WINDOW, block), SCAN=_scan(num_rows, pad_s),
-        SEQ=layout.SEQ, NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, PLANNED=layout.PLANNED,
-        num_warps=4,
-    )  # fmt: skip
-
-
-def put_tokens(
-    x: torch.Tensor, weights: torch.Tensor, plan: Plan, message: MessageShape, inboxes: torch.Tensor,
-    mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int, slots_per_shard: int,
-) -> None:  # fmt: skip
-    """Writes each row, quantised once, with its slots and weights into the inbox of every shard that it goes to; then a
-    header behind the rows of every shard that got any, and into its mailbox for the host.
-
-    x [T, H] bf16, contiguous columns; weights [T, K] float32; inboxes and mailboxes [S] int64: addresses. Does nothing
-    after a wait was given up.
-    """
-    num_rows, top_k = weights.shape
-    num_shards, position_stride = plan.position.shape
-    put_kernel[(num_rows,)](
-        x, weights, plan.slots, plan.position, plan.counts, inboxes, mailboxes, words, x.stride(0), layer_pos,
-        slots_per_shard, position_stride, message.scales_offset, message.slot_ids_offset, message.weights_offset,
-        message.header_offset, HIDDEN=message.hidden, COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK),
-        GROUP=TOKEN_BLOCK, TOP_K=top_k, PAD_K=triton.next_power_of_2(top_k), SHARDS=num_shards,
-        PAD_S=triton.next_power_of_2(num_shards), DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
+    dispatch_kernel[(num_rows,)](
+        x, topk_ids, weights, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.owners,
+        plan.is_sent, load, inboxes, mailboxes, words, x.stride(0), num_rows, first_token, layer_pos, num_layers,
+        num_experts, tables.slots_per_shard, plan.local_shard, message.scales_offset, message.slot_ids_offset,
+        message.weights_offset, message.flags_offset, message.header_offset, HIDDEN=message.hidden,
+        COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), GROUP=TOKEN_BLOCK, TOP_K=top_k,
+        PAD_K=triton.next_power_of_2(top_k), REPLICAS=replicas, SHARDS=plan.num_shards,
+        PAD_S=triton.next_power_of_2(plan.num_shards), WINDOW=WINDOW, LOOK_BACK=LOOK_BACK,
+        DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
         FP8_MAX=fp8_max(message.dtype) if message.quantized else 0.0, MIN_AMAX=MIN_AMAX, SEQ=layout.SEQ,
-        FAILED=layout.FAILED, SENT=layout.SENT, GENERATION=layout.GENERATION, TOKENS_AT=layout.TOKENS_AT,
-        GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, num_warps=8,
+        NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, FAILED=layout.FAILED, GENERATION=layout.GENERATION,
+        TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, num_warps=8,
     )  # fmt: skip
 
 
-def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int) -> None:
-    """One program that ends when every shard that got tokens has answered, or soon after the abort word is set.
+def wait_partials(
+    plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int, num_rows: int, first_token: int = 0
+) -> None:
+    """One program that ends when every row that was sent is answered, or soon after the abort word is set. It ends the
+    messages' number (words[SEQ]) and adds to plan.sent.
 
-    flags [S, LINE / 4] int32; host_address: the router's words in host memory. Given up, it says so there and in
-    words[FAILED], after which every later wait ends at once.
+    flags [S, M] int32; host_address: the router's words in host memory; num_rows, first_token: of the call. Given up,
+    it says so there and in words[FAILED], after which every later wait ends at once.
     """
-    num_shards = plan.position.shape[0]
+    pad_s = triton.next_power_of_2(plan.num_shards)
+    block = min(triton.next_power_of_2(num_rows), max(WAITED_FLAGS // pad_s, 16))
     wait_kernel[(1,)](
-        plan.counts, flags, words, host_address, SHARDS=num_shards, PAD_S=triton.next_power_of_2(num_shards),
-        LINE_WORDS=flags.stride(0), PATIENCE=PATIENCE, SLOW=SLOW, SEQ=layout.SEQ, STEP=layout.STEP,
-        FAILED=layout.FAILED, ABORT=layout.ABORT, FAILED_STEP=layout.FAILED_STEP, WAITING_SEQ=layout.WAITING_SEQ,
-        DONE_SEQ=layout.DONE_SEQ, LATE=layout.LATE, num_warps=1,
+        plan.owners, plan.sent, flags, words, host_address, num_rows, first_token, flags.stride(0),
+        SHARDS=plan.num_shards, PAD_S=pad_s, BLOCK_T=block, PATIENCE=PATIENCE, SLOW=SLOW, SEQ=layout.SEQ,
+        STEP=layout.STEP, NUM_TOKENS=layout.NUM_TOKENS, FAILED=layout.FAILED, ABORT=layout.ABORT,
+        FAILED_STEP=layout.FAILED_STEP, WAITING_SEQ=layout.WAITING_SEQ, DONE_SEQ=layout.DONE_SEQ, LATE=layout.LATE,
+        num_warps=4,
     )  # fmt: skip
 
 
 def combine_partials(
     partials: torch.Tensor, plan: Plan, out: torch.Tensor, local_partial: torch.Tensor | None = None
 ) -> None:
-    """out[t] = the sum over shards, in order, of partials[s, position[s, t]], in float32, rounded once.
+    """out[t] = the sum over the shards of owners[t], in order, of partials[s, t], in float32, rounded once.
 
-    partials [S, max_tokens, H] bf16 or float32; local_partial [T, H] float32: what local_shard adds in its place; out
-    [T, H] bf16 or float32.
+    partials [S, M, H] bf16 or float32; local_partial [T, H] float32: what local_shard adds in its place; out [T, H]
+    bf16 or float32.
     """
     num_rows, hidden = out.shape
-    num_shards, position_stride = plan.position.shape
     combine_kernel[(num_rows, triton.cdiv(hidden, COMBINE_BLOCK))](
-        partials, plan.position, local_partial, out, partials.stride(0), plan.local_shard, position_stride,
-        0 if local_partial is None else local_partial.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK, SHARDS=num_shards,
-        PAD_S=triton.next_power_of_2(num_shards), HAS_LOCAL=local_partial is not None, num_warps=4,
+        partials, plan.owners, local_partial, out, partials.stride(0), plan.local_shard,
+        0 if local_partial is None else local_partial.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK,
+        SHARDS=plan.num_shards, HAS_LOCAL=local_partial is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -193,13 +187,16 @@ class Job:
     """What `take` and `collect` make of waiting messages, for the experts' kernels and `return_partials`. C: capacity.
 
     rows [C, H] in the message's dtype, scales [C, H/128] float32 where it has scales, slot_ids [C, K] int32, weights
-    [C, K] float32, job [JOB_WORDS], layer_idx and num_tokens [1] int32.
+    [C, K] float32. source and numbers [C] int32: which row of which router it is (ROW_BITS), and its message's number.
+    job [JOB_WORDS], layer_idx and num_tokens [1] int32.
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
     slot_ids: torch.Tensor
     weights: torch.Tensor
+    source: torch.Tensor
+    numbers: torch.Tensor
     job: torch.Tensor
     layer_idx: torch.Tensor
     num_tokens: torch.Tensor
@@ -214,7 +211,7 @@ class Job:
         scales = torch.zeros(capacity, message.hidden // TOKEN_BLOCK, device=device) if message.quantized else None
         pairs = (capacity, message.top_k)
         return cls(rows, scales, ints(*pairs).fill_(-1), torch.zeros(pairs, device=device),
-                   ints(layout.JOB_WORDS), ints(1), ints(1))  # fmt: skip
+                   ints(capacity), ints(capacity), ints(layout.JOB_WORDS), ints(1), ints(1))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,6 +233,7 @@ class Desk:
         def ints(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
+        assert num_routers <= layout.MAX_ROUTERS, num_routers
         inboxes = torch.zeros(num_routers, dtype=torch.int64, device=device)
         desk = cls(inboxes, ints(layout.MAX_SERVED) - 1, ints(num_routers, 4), ints(layout.NUM_WORDS), host_address)
         desk.taken[:, 3] = -1
@@ -255,46 +253,43 @@ def take(
     """
     num_routers = len(desk.inboxes)
     take_kernel[(1,)](
-        desk.inboxes, desk.served, desk.taken, desk.words, desk.host_address, job.job, job.layer_idx, job.num_tokens,
-        message.header_offset, capacity, message.max_tokens, num_layers, patience, window, ROUTERS=num_routers,
-        PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, PARTS=layout.MAX_JOINED,
-        COLUMNS=desk.taken.shape[1], FIRST_LAYER=FIRST_LAYER, JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT,
-        IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP, JOB_TOKENS=layout.JOB_TOKENS,
-        JOB_LAYER=layout.JOB_LAYER, JOB_ROUTERS=layout.JOB_ROUTERS, TOKENS_AT=layout.TOKENS_AT,
-        GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS,
-        GENERATIONS=layout.NUM_GENERATIONS, LAYERS=layout.MAX_LAYERS, num_warps=1,
+        desk.inboxes, desk.served, desk.taken, desk.words, desk.host_address, job.source, job.numbers, job.job,
+        job.layer_idx, job.num_tokens, message.flags_offset, message.header_offset, capacity, message.max_tokens,
+        num_layers, patience, window, ROUTERS=num_routers, PAD_R=triton.next_power_of_2(num_routers),
+        SERVED=layout.MAX_SERVED, LOOK=LOOK, FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1],
+        FIRST_LAYER=FIRST_LAYER, JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED,
+        STOP=layout.STOP, JOB_LAYER=layout.JOB_LAYER, ENDED=layout.ENDED, NUMBERS=layout.NUMBERS,
+        ROW_BITS=layout.ROW_BITS, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT,
+        LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS, GENERATIONS=layout.NUM_GENERATIONS,
+        LAYERS=layout.MAX_LAYERS, num_warps=1,
     )  # fmt: skip
 
 
 def collect(desk: Desk, message: MessageShape, job: Job, capacity: int) -> None:
     """Gathers the job's rows, up to `capacity`, from the routers' inboxes."""
     collect_kernel[(capacity,)](
-        job.job, desk.inboxes, job.rows, job.scales, job.slot_ids, job.weights, message.scales_offset,
-        message.slot_ids_offset, message.weights_offset, HIDDEN=message.hidden,
+        job.source, job.num_tokens, desk.inboxes, job.rows, job.scales, job.slot_ids, job.weights,
+        message.scales_offset, message.slot_ids_offset, message.weights_offset, HIDDEN=message.hidden,
         PAD_H=triton.next_power_of_2(message.hidden), GROUP=TOKEN_BLOCK,
         COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), TOP_K=message.top_k,
-        PAD_K=triton.next_power_of_2(message.top_k), QUANTIZED=message.quantized, PARTS=layout.MAX_JOINED,
-        JOB_ROUTERS=layout.JOB_ROUTERS, num_warps=8,
+        PAD_K=triton.next_power_of_2(message.top_k), QUANTIZED=message.quantized, ROW_BITS=layout.ROW_BITS,
+        num_warps=8,
     )  # fmt: skip
 
 
 def return_partials(
     partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, desk: Desk, capacity: int
 ) -> None:
-    """Writes each row of partials [C, H] into its router's return box, then raises the flags of the messages that are
-    complete, and tells the host what is done.
+    """Writes each row of partials [C, H] into its router's return box and raises its flag, then tells the host what is
+    done.
 
-    boxes and flags [N] int64: addresses of this shard's partials and of its flag in each router's return box.
+    boxes and flags [N] int64: addresses of this shard's partials and of its flags in each router's return box.
     """
-    hidden = partials.shape[1]
+    hidden, num_routers = partials.shape[1], len(desk.inboxes)
     return_kernel[(capacity,)](
-        partials, job.job, boxes, flags, desk.words, desk.host_address, HIDDEN=hidden,
-        PAD_H=triton.next_power_of_2(hidden), PARTS=layout.MAX_JOINED, JOB=layout.JOB, RETURNED=layout.RETURNED,
-        COUNTED=layout.COUNTED, NUM_COUNTS=layout.NUM_COUNTS, DONE=layout.DONE, ANSWERED=layout.ANSWERED,
-        JOB_ROUTERS=layout.JOB_ROUTERS, num_warps=8,
+        partials, job.source, job.numbers, job.num_tokens, job.job, boxes, flags, desk.words, desk.host_address,
+        HIDDEN=hidden, PAD_H=triton.next_power_of_2(hidden), ROUTERS=num_routers,
+        PAD_R=triton.next_power_of_2(num_routers), JOB=layout.JOB, RETURNED=layout.RETURNED, COUNTED=layout.COUNTED,
+        NUM_COUNTS=layout.NUM_COUNTS, DONE=layout.DONE, ANSWERED=layout.ANSWERED, ENDED=layout.ENDED,
+        NUMBERS=layout.NUMBERS, ROW_BITS=layout.ROW_BITS, num_warps=8,
     )  # fmt: skip
-
-
-def _scan(num_rows: int, pad_s: int) -> int:
-    """Tokens whose rows are numbered at once."""
-    return max(min(triton.next_power_of_2(num_rows), 8192 // pad_s), 16)

@@ -4,11 +4,15 @@ Shapes: T tokens (most of one message), K choices per token, H hidden, S shards,
 N routers.
 
     inbox, on the shard's GPU, for each router:  rows [T, H] | scales [T, H/128] | slot ids [T, K] | weights [T, K] |
-                                                 header: number, tokens, generation and layer of the newest message
-    return box, on the router's GPU:             a flag for each shard | partials [S, T, H]
+                                                 flags [T] | header: number, tokens, generation and layer of the newest
+    return box, on the router's GPU:             flags [S, T] | partials [S, T, H]
     mailbox, 8 bytes of host memory for each router and shard:  the header once more, for the shard's host
 
-A message is published by one 8-byte store of its header into the inbox: whoever sees it sees all of the message.
+Row t is token t of the call, at either end, whether the shard has some of its experts or not. The header comes first
+and says that a message is on its way; each of its tokens is published by its flag, 2 * number + 1, or 2 * number where
+the shard gets no row of it. The answer's rows are published by flags that are the message's number. Number 0 is none.
+A flag is compared for equality: one that is 2^31 messages old would be taken for a new one, if its row was not used
+since.
 """
 
 from __future__ import annotations
@@ -24,15 +28,16 @@ LINE = 128
 
 ALIGNMENT = 256
 
-SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, PLANNED, SENT, GENERATION = (slot * (LINE // 4) for slot in range(8))
-"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last message's number. STEP: the step's number,
-from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was given up.
-GENERATION: of the placement that it routes by. The others count programs."""
+SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, GENERATION = (slot * (LINE // 4) for slot in range(6))
+"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last answered message's number. STEP: the step's
+number, from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was
+given up. GENERATION: of the placement that it routes by."""
 
-JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED, WAITED = (slot * (LINE // 4) for slot in range(7))
+JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED, WAITED, LOOKED = (slot * (LINE // 4) for slot in range(8))
 """Places in a shard's words [NUM_WORDS] int32 on its device. JOB: jobs that have ended. RETURNED: a count of programs.
 NEXT: the router that is looked at first. IDLE: 1 after a job that found no message. COUNTED: from here on NUM_COUNTS
-sums. POLLED, WAITED: the twin's looks for a message and for further ones."""
+sums. POLLED, WAITED, LOOKED: the twin's looks for a message, for further ones and
+for a message's rows."""
 
 NUM_WORDS = 8 * (LINE // 4)
 
@@ -61,14 +66,17 @@ TOKENS_AT, GENERATION_AT, LAYER_AT = 32, 45, 53
 MAX_MESSAGE_TOKENS, NUM_GENERATIONS, MAX_LAYERS = 1 << 13, 1 << 8, 1 << 11
 """What a header has room for; generations are counted modulo NUM_GENERATIONS there."""
 
-MAX_JOINED = 8
-"""Messages that one job of a shard may join."""
+MAX_ROUTERS = 64
+"""Of one shard."""
 
-JOB_TOKENS, JOB_LAYER, JOB_ROUTERS = 0, 1, 4
-"""Places in a job [JOB_WORDS] int32: its tokens and layer, then MAX_JOINED routers (-1 for none), their first rows,
-numbers of rows, messages' numbers, and whether this job ends their message."""
+JOB_LAYER, ENDED, NUMBERS = 0, 4, 4 + MAX_ROUTERS
+"""Places in a job [JOB_WORDS] int32: its layer, then for each router whether the job ends a message of it, and its
+number."""
 
-JOB_WORDS = 64
+JOB_WORDS = 4 + 2 * MAX_ROUTERS
+
+ROW_BITS = 13
+"""A job's row comes from router `source >> ROW_BITS`, row `source & (1 << ROW_BITS) - 1` of its message."""
 
 
 def router_words(num_shards: int) -> int:
@@ -149,8 +157,12 @@ class MessageShape:
         return self.slot_ids_offset + _align(self.max_tokens * self.top_k * 4)
 
     @property
-    def header_offset(self) -> int:
+    def flags_offset(self) -> int:
         return self.weights_offset + _align(self.max_tokens * self.top_k * 4)
+
+    @property
+    def header_offset(self) -> int:
+        return self.flags_offset + _align(self.max_tokens * 4)
 
     @property
     def inbox_bytes(self) -> int:
@@ -162,8 +174,8 @@ class MessageShape:
         return _align(self.max_tokens * self.hidden * self.partial_dtype.itemsize)
 
     def partials_offset(self, num_shards: int) -> int:
-        """In a return box; the flags lie before, LINE bytes apart."""
-        return _align(num_shards * LINE)
+        """In a return box; the flags lie before."""
+        return _align(num_shards * self.max_tokens * 4)
 
     def return_bytes(self, num_shards: int) -> int:
         return self.partials_offset(num_shards) + num_shards * self.partial_bytes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import FIRST_LAYER, JOIN_ROWS, WINDOW, Desk, Job, Plan, Tables
+from ep.kernels.p2p import FIRST_LAYER, FLAG_LOOKS, JOIN_ROWS, WINDOW, Desk, Job, Plan, Tables
 from ep.kernels.p2p_layout import Header, MessageShape, pack_header
 from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
 
@@ -37,6 +37,7 @@ class Inbox:
     scales: torch.Tensor | None
     slot_ids: torch.Tensor
     weights: torch.Tensor
+    flags: torch.Tensor
 
     @classmethod
     def at(cls, address: int, message: MessageShape) -> Inbox:
@@ -50,20 +51,21 @@ class Inbox:
             scales,
             at_address(address + message.slot_ids_offset, pairs, torch.int32),
             at_address(address + message.weights_offset, pairs, torch.float32),
+            at_address(address + message.flags_offset, (tokens,), torch.int32),
         )
 
 
-def plan_dispatch(
-    topk_ids: torch.Tensor, tables: Tables, plan: Plan, load: torch.Tensor, words: torch.Tensor, layer_pos: int,
+def dispatch_tokens(
+    x: torch.Tensor, topk_ids: torch.Tensor, weights: torch.Tensor, tables: Tables, plan: Plan, message: MessageShape,
+    load: torch.Tensor, inboxes: torch.Tensor, mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int,
     first_token: int = 0,
 ) -> None:  # fmt: skip
-    num_rows, num_shards = len(topk_ids), len(plan.counts)
+    num_rows = len(topk_ids)
     num_layers, num_experts, _ = tables.replicas.shape
-    num_tokens = min(max(int(words[layout.NUM_TOKENS]) - first_token, 0), num_rows)
+    num_tokens = _num_tokens(words, num_rows, first_token)
     num_decode = int(words[layout.NUM_DECODE]) - first_token
-    plan.slots[:num_rows] = plan.local_slots[:num_rows] = plan.position[:, :num_rows] = -1
-    plan.counts.zero_()
-    words[layout.SEQ] += 1
+    plan.slots[:num_rows] = plan.local_slots[:num_rows] = -1
+    plan.owners[:num_rows] = 0
     ids = topk_ids[:num_tokens].long()
     token, choice = ((ids >= 0) & (ids < num_experts)).nonzero(as_tuple=True)
     expert, window = ids[token, choice], token // WINDOW
@@ -73,17 +75,47 @@ def plan_dispatch(
     shard = slot // tables.slots_per_shard
     is_local = shard == plan.local_shard
     plan.local_slots[token[is_local], choice[is_local]] = slot[is_local] - plan.local_shard * tables.slots_per_shard
-    for one in range(num_shards):
+    pair = ((token < num_decode).long() * num_layers + layer_pos) * num_experts + expert
+    load += pair.bincount(minlength=load.numel()).view(load.shape)
+    seq, generation = _next(words), int(words[layout.GENERATION])
+    quantized = quantize_tokens(x, message.dtype) if message.quantized else None
+    for one in range(plan.num_shards):
         if not plan.is_sent[one]:
             continue
         goes = torch.zeros(num_tokens, dtype=torch.bool)
         goes[token[shard == one]] = True
+        plan.owners[:num_tokens] |= goes.long() << one
+        if words[layout.FAILED] or not num_tokens:
+            continue
+        inbox = Inbox.at(int(inboxes[one]), message)
+        for address in (int(inboxes[one]) + message.header_offset, int(mailboxes[one])):
+            at_address(address, (1,), torch.int64)[0] = pack_header(seq, layer_pos, num_tokens, generation)
         there = goes.nonzero().flatten()
-        plan.position[one, there] = torch.arange(len(there), dtype=torch.int32)
-        plan.counts[one] = len(there)
-    plan.sent.add_(torch.stack([plan.counts, (plan.counts > 0).int()], 1))
-    pair = ((token < num_decode).long() * num_layers + layer_pos) * num_experts + expert
-    load += pair.bincount(minlength=load.numel()).view(load.shape)
+        inbox.rows[there] = x[there] if quantized is None else quantized.q[there]
+        if quantized is not None and inbox.scales is not None:
+            inbox.scales[there] = quantized.scale_inv[there]
+        here = plan.slots[there]
+        inbox.slot_ids[there] = torch.where(
+            here // tables.slots_per_shard == one, here - one * tables.slots_per_shard, -1
+        )
+        inbox.weights[there] = weights[there]
+        inbox.flags[:num_tokens] = _wrapped(2 * seq) + goes.int()
+
+
+def _num_tokens(words: torch.Tensor, num_rows: int, first_token: int) -> int:
+    """Of a call, padding left out."""
+    return min(max(int(words[layout.NUM_TOKENS]) - first_token, 0), num_rows)
+
+
+def _next(words: torch.Tensor) -> int:
+    """The number of the call's messages, none whose flags look like memory that was never written."""
+    seq = int(words[layout.SEQ]) + 1
+    return _wrapped(seq + (seq & 0x7FFFFFFF == 0))
+
+
+def _wrapped(value: int) -> int:
+    """As int32."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 def _rank_among_equals(keys: torch.Tensor) -> torch.Tensor:
@@ -94,48 +126,27 @@ def _rank_among_equals(keys: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(keys).scatter_(0, order, torch.arange(len(keys)) - starts)
 
 
-def put_tokens(
-    x: torch.Tensor, weights: torch.Tensor, plan: Plan, message: MessageShape, inboxes: torch.Tensor,
-    mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int, slots_per_shard: int,
-) -> None:  # fmt: skip
-    if words[layout.FAILED]:
-        return
-    num_rows = len(weights)
-    quantized = quantize_tokens(x, message.dtype) if message.quantized else None
-    for shard, count in enumerate(plan.counts.tolist()):
-        if not count:
-            continue
-        inbox = Inbox.at(int(inboxes[shard]), message)
-        token = (plan.position[shard, :num_rows] >= 0).nonzero().flatten()
-        slots = plan.slots[token]
-        inbox.rows[:count] = x[token] if quantized is None else quantized.q[token]
-        if quantized is not None and inbox.scales is not None:
-            inbox.scales[:count] = quantized.scale_inv[token]
-        is_here = (slots >= shard * slots_per_shard) & (slots < (shard + 1) * slots_per_shard)
-        inbox.slot_ids[:count] = torch.where(is_here, slots - shard * slots_per_shard, -1)
-        inbox.weights[:count] = weights[token]
-        header = pack_header(int(words[layout.SEQ]), layer_pos, count, int(words[layout.GENERATION]))
-        for address in (int(inboxes[shard]) + message.header_offset, int(mailboxes[shard])):
-            at_address(address, (1,), torch.int64)[0] = header
-
-
-def wait_partials(plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int) -> bool:
-    if words[layout.FAILED]:
-        return True
-    num_shards = plan.position.shape[0]
-    host = at_address(host_address, (layout.router_words(num_shards),), torch.int32)
-    is_late = (plan.counts > 0) & (flags[:, 0] - words[layout.SEQ] < 0)
-    if not is_late.any():
-        if host[layout.WAITING_SEQ] == words[layout.SEQ]:
-            host[layout.DONE_SEQ] = words[layout.SEQ]
-        return True
-    host[layout.WAITING_SEQ] = words[layout.SEQ]
-    if not host[layout.ABORT]:
-        return False
-    host[layout.LATE : layout.LATE + num_shards] = is_late.int()
-    words[layout.FAILED] = 1
-    host[layout.FAILED_STEP] = words[layout.STEP]
-    host[layout.DONE_SEQ] = words[layout.SEQ]
+def wait_partials(
+    plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int, num_rows: int, first_token: int = 0
+) -> bool:
+    host = at_address(host_address, (layout.router_words(plan.num_shards),), torch.int32)
+    num_tokens, seq = _num_tokens(words, num_rows, first_token), _next(words)
+    shards = torch.arange(plan.num_shards)
+    is_awaited = (plan.owners[:num_tokens] >> shards[:, None]) & 1 != 0
+    is_late = is_awaited & (flags[:, :num_tokens] != seq)
+    if not words[layout.FAILED]:
+        if is_late.any():
+            host[layout.WAITING_SEQ] = seq
+            if not host[layout.ABORT]:
+                return False
+            host[layout.LATE : layout.LATE + plan.num_shards] = is_late.any(1).int()
+            words[layout.FAILED] = 1
+            host[layout.FAILED_STEP] = words[layout.STEP]
+        if host[layout.WAITING_SEQ] == seq:
+            host[layout.DONE_SEQ] = seq
+    words[layout.SEQ] = seq
+    rows = is_awaited.sum(1)
+    plan.sent.add_(torch.stack([rows, (rows > 0).long()], 1))
     return True
 
 
@@ -143,10 +154,9 @@ def combine_partials(
     partials: torch.Tensor, plan: Plan, out: torch.Tensor, local_partial: torch.Tensor | None = None
 ) -> None:
     total = torch.zeros(out.shape, dtype=torch.float32)
-    for shard in range(len(partials)):
-        position = plan.position[shard, : len(out)]
-        token = (position >= 0).nonzero().flatten()
-        total[token] += partials[shard, position[token].long()].float()
+    for shard in range(plan.num_shards):
+        token = (plan.owners[: len(out)] >> shard & 1).nonzero().flatten()
+        total[token] += partials[shard, token].float()
         if local_partial is not None and shard == plan.local_shard:
             total += local_partial
     out.copy_(total)
@@ -169,34 +179,47 @@ def take(
     if not is_over and not host[layout.STOP]:
         words[layout.WAITED if lead else layout.POLLED] += 1
         return False
-    words[layout.POLLED] = words[layout.WAITED] = 0
-    job.job.zero_()
-    table = job.job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * layout.MAX_JOINED].view(5, layout.MAX_JOINED)
-    table[0] = -1
-    total, parts, answered = 0, 0, 0
-    for router in missing:
+    asking = [(router, header) for router, header in waiting if header.layer_pos == lead[0][1].layer_pos]
+    inboxes = {router: Inbox.at(int(desk.inboxes[router]), message) for router, _ in asking}
+    flags = {router: inboxes[router].flags[: header.num_tokens].clone() for router, header in asking}
+    is_late = {router: bool((flags[router] | 1 != _wrapped(2 * header.seq) | 1).any()) for router, header in asking}
+    newest = dict(_headers(desk, message))
+    gone_on = [router for router, header in asking if is_late[router] and newest[router].seq != header.seq]
+    if any(is_late.values()) and not gone_on and words[layout.LOOKED] + 1 < FLAG_LOOKS:
+        words[layout.LOOKED] += 1
+        return False
+    words[layout.POLLED] = words[layout.WAITED] = words[layout.LOOKED] = 0
+    asking = [(router, header) for router, header in asking if not is_late[router]]
+    ended = job.job[layout.ENDED : layout.ENDED + len(desk.inboxes)].zero_()
+    for router, header in waiting:
+        job.job[layout.NUMBERS + router] = header.seq
+    found = bool(asking or gone_on)  # who has gone on has another message, which the next job finds
+    for router in missing if found else []:
         desk.taken[router, 3] = -1
-    for router, header in lead + sorted(waiting[1:], key=lambda one: one[0]):
-        part_seq, part_rows = desk.taken[router, 1:3].tolist()
-        first = part_rows if part_seq == header.seq else 0
-        rows = min(header.num_tokens - first, capacity - total)
-        if header.layer_pos != lead[0][1].layer_pos or not rows or parts == layout.MAX_JOINED:
-            continue
-        is_last = first + rows == header.num_tokens
-        table[:, parts] = torch.tensor([router, first, rows, header.seq, is_last])
-        desk.taken[router, 1:3] = torch.tensor([header.seq, first + rows])
-        if is_last:
+    total, parts, answered = 0, 0, 0
+    for router, header in asking:
+        if total == capacity:
+            break
+        _, part_seq, part_rows = desk.taken[router, :3].tolist()
+        skip = part_rows if part_seq == header.seq else 0
+        there = (flags[router] & 1).nonzero().flatten().int()
+        mine = there[skip : skip + capacity - total]
+        job.source[total : total + len(mine)] = router << layout.ROW_BITS | mine
+        job.numbers[total : total + len(mine)] = header.seq
+        desk.taken[router, 1:3] = torch.tensor([header.seq, skip + len(mine)])
+        if skip + len(mine) == len(there):
+            ended[router] = 1
+            answered += bool(len(there))
             desk.taken[router, 0] = header.seq
             desk.taken[router, 3] = (header.layer_pos + 1) % num_layers if header.num_tokens <= JOIN_ROWS else -1
-        total, parts, answered = total + rows, parts + 1, answered + is_last
-    if lead:
+        total, parts = total + len(mine), parts + bool(len(mine))
+    if found:
         words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
-        job.job[layout.JOB_LAYER] = lead[0][1].layer_pos
-    job.job[layout.JOB_TOKENS] = total
+    job.job[layout.JOB_LAYER] = lead[0][1].layer_pos if lead else 0
     job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], total
-    words[layout.IDLE] = int(not lead)
+    words[layout.IDLE] = int(not found)
     counted = words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
-    counted += torch.tensor([len(lead), answered, parts if parts > 1 else 0, total], dtype=torch.int32)
+    counted += torch.tensor([found, answered, parts if parts > 1 else 0, total], dtype=torch.int32)
     return True
 
 
@@ -224,41 +247,36 @@ def _is_waiting(desk: Desk, message: MessageShape, num_layers: int, router: int,
 
 
 def collect(desk: Desk, message: MessageShape, job: Job, capacity: int) -> None:
-    start = 0
-    for router, first, count, _, _ in _entries(job):
+    for router, ours, theirs in _rows(job):
         inbox = Inbox.at(int(desk.inboxes[router]), message)
-        ours, theirs = slice(start, start + count), slice(first, first + count)
         job.rows[ours] = inbox.rows[theirs]
         if job.scales is not None and inbox.scales is not None:
             job.scales[ours] = inbox.scales[theirs]
-        job.slot_ids[ours] = inbox.slot_ids[theirs]
-        job.weights[ours] = inbox.weights[theirs]
-        start += count
-    assert start <= capacity
+        job.slot_ids[ours], job.weights[ours] = inbox.slot_ids[theirs], inbox.weights[theirs]
+    assert int(job.num_tokens) <= capacity
 
 
 def return_partials(
     partials: torch.Tensor, job: Job, boxes: torch.Tensor, flags: torch.Tensor, desk: Desk, capacity: int
 ) -> None:
-    start, hidden = 0, partials.shape[1]
-    host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
-    entries = list(_entries(job))
-    for router, first, count, _, _ in entries:
-        box = at_address(int(boxes[router]), (first + count, hidden), partials.dtype)
-        box[first:] = partials[start : start + count]
-        start += count
-    for router, _, _, seq, is_last in entries:
-        if is_last:
-            at_address(int(flags[router]), (1,), torch.int32)[0] = seq
-            host[layout.ANSWERED + router] = seq
+    num_routers, hidden = len(desk.inboxes), partials.shape[1]
+    host = at_address(desk.host_address, (layout.shard_words(num_routers),), torch.int32)
+    for router, ours, theirs in _rows(job):
+        length = int(theirs.max()) + 1
+        at_address(int(boxes[router]), (length, hidden), partials.dtype)[theirs] = partials[ours]
+        at_address(int(flags[router]), (length,), torch.int32)[theirs] = job.numbers[ours]
+    for router in job.job[layout.ENDED : layout.ENDED + num_routers].nonzero().flatten().tolist():
+        host[layout.ANSWERED + router] = job.job[layout.NUMBERS + router]
     done, counted = layout.DONE + 1, desk.words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
     host[done : done + layout.NUM_COUNTS] = counted
     desk.words[layout.JOB] += 1
     host[layout.DONE] = desk.words[layout.JOB]
 
 
-def _entries(job: Job) -> Iterator[tuple[int, ...]]:
-    """router, first row, rows, seq, is last: of each message that the job joins."""
-    joined = layout.MAX_JOINED
-    table = job.job[layout.JOB_ROUTERS : layout.JOB_ROUTERS + 5 * joined].view(5, joined).T
-    return (tuple(entry) for entry in table.tolist() if entry[0] >= 0)
+def _rows(job: Job) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Of each router that the job has rows of: which ones they are in the job, and in its message."""
+    source = job.source[: int(job.num_tokens)].long()
+    routers = source >> layout.ROW_BITS
+    for router in routers.unique().tolist():
+        ours = (routers == router).nonzero().flatten()
+        yield router, ours, source[ours] & (1 << layout.ROW_BITS) - 1

@@ -37,13 +37,13 @@ def _missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS: t
 
 @triton.jit(do_not_specialize=["host_address", "capacity", "max_tokens", "num_layers", "patience", "window"])
 def take_kernel(
-    inboxes_ptr, served_ptr, taken_ptr, words_ptr, host_address, job_ptr, layer_idx_ptr, num_tokens_ptr, header_offset,
-    capacity, max_tokens, num_layers, patience, window,
-    ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr, PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr, FIRST_LAYER: tl.constexpr, JOIN_ROWS: tl.constexpr, NEXT: tl.constexpr, IDLE: tl.constexpr,
-    COUNTED: tl.constexpr, STOP: tl.constexpr, JOB_TOKENS: tl.constexpr, JOB_LAYER: tl.constexpr,
-    JOB_ROUTERS: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr,
-    MAX_TOKENS: tl.constexpr, GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
+    inboxes_ptr, served_ptr, taken_ptr, words_ptr, host_address, source_ptr, numbers_ptr, job_ptr, layer_idx_ptr,
+    num_tokens_ptr, flags_offset, header_offset, capacity, max_tokens, num_layers, patience, window,
+    ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr, FLAG_LOOKS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIRST_LAYER: tl.constexpr, JOIN_ROWS: tl.constexpr, NEXT: tl.constexpr,
+    IDLE: tl.constexpr, COUNTED: tl.constexpr, STOP: tl.constexpr, JOB_LAYER: tl.constexpr, ENDED: tl.constexpr,
+    NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr,
+    LAYER_AT: tl.constexpr, MAX_TOKENS: tl.constexpr, GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
     """One program. It looks at host memory, which is far, once in LOOK polls."""
     router = tl.arange(0, PAD_R)
@@ -81,85 +81,100 @@ def take_kernel(
             header = tl.load(place, mask=is_here, other=0, volatile=True)
     is_waiting, seq, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
                                              GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
-    found = tl.max(is_waiting.to(tl.int32), 0)
-    nothing = tl.zeros((PAD_R,), tl.int64)
-    tl.atomic_add(place, nothing, mask=is_waiting, sem="acquire", scope="sys")
     # The router whose turn it is, then all that ask for the same layer.
     is_lead, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
-    first = tl.where(part_seq == seq, part_rows, 0)
-    left = tl.where(is_waiting & (layer == lead_layer), count - first, 0)
-    lead_rows = tl.minimum(tl.sum(tl.where(is_lead, left, 0), 0), capacity)
-    others = tl.where(is_lead, 0, left)
-    rank = tl.cumsum((others > 0).to(tl.int32), 0)
-    room = capacity - lead_rows - (tl.cumsum(others, 0) - others)
-    rows = tl.where(rank < PARTS, tl.minimum(tl.maximum(room, 0), others), 0)
-    rows = tl.where(is_lead, lead_rows, rows)
-    is_part = rows > 0
-    is_last = is_part & (first + rows == count)
-    entry = job_ptr + JOB_ROUTERS + tl.arange(0, PARTS)
-    zeros = tl.zeros((PARTS,), tl.int32)
-    tl.store(entry, zeros - 1)
-    tl.store(entry + 2 * PARTS, zeros)
-    tl.store(entry + 4 * PARTS, zeros)
-    tl.debug_barrier()
-    mine = job_ptr + JOB_ROUTERS + tl.where(is_lead, 0, rank)
-    tl.store(mine, router, mask=is_part)
-    tl.store(mine + PARTS, first, mask=is_part)
-    tl.store(mine + 2 * PARTS, rows, mask=is_part)
-    tl.store(mine + 3 * PARTS, seq, mask=is_part)
-    tl.store(mine + 4 * PARTS, is_last.to(tl.int32), mask=is_part)
-    total, parts = tl.sum(rows, 0), tl.sum(is_part.to(tl.int32), 0)
-    tl.store(job_ptr + JOB_TOKENS, total)
+    lead = tl.sum(tl.where(is_lead, router, 0), 0)
+    is_asking = tl.where(is_waiting & (layer == lead_layer), 1, 0)
+    skipped = tl.where(part_seq == seq, part_rows, 0)
+    total, parts = 0, 0
+    rows, is_part, is_last = tl.zeros((PAD_R,), tl.int32), tl.zeros((PAD_R,), tl.int32), tl.zeros((PAD_R,), tl.int32)
+    answered, gone_on = 0, 0
+    for offset in range(ROUTERS):
+        one = (lead + offset) % ROUTERS
+        is_one = router == one
+        if (tl.sum(tl.where(is_one, is_asking, 0), 0) != 0) & (total < capacity):
+            base = tl.sum(tl.where(is_one, inbox, 0), 0)
+            number = tl.sum(tl.where(is_one, seq, 0), 0)
+            length = tl.sum(tl.where(is_one, count, 0), 0)
+            skip = tl.sum(tl.where(is_one, skipped, 0), 0)
+            flags = (base + flags_offset).to(tl.pointer_type(tl.int32))
+            newest = (base + header_offset).to(tl.pointer_type(tl.int64))
+            # Its rows are under way. It is gone if they do not come; it may go on where none of them is for this shard.
+            late, looks, is_whole = 1, 0, 1
+            while late != 0:
+                late = 0
+                for start in range(0, length, BLOCK):
+                    at = start + tl.arange(0, BLOCK)
+                    flag = tl.load(flags + at, mask=at < length, other=0, volatile=True)
+                    is_late = (at < length) & ((flag | 1) != ((number << 1) | 1))
+                    late = tl.maximum(late, tl.max(is_late.to(tl.int32), 0))
+                looks += 1
+                if late != 0:
+                    has_gone_on = tl.load(newest, volatile=True).to(tl.int32) != number
+                    if has_gone_on | (looks >= FLAG_LOOKS):
+                        late = 0
+                        is_whole = 0
+                    gone_on += has_gone_on.to(tl.int32)
+            if is_whole != 0:
+                seen = 0
+                for start in range(0, length, BLOCK):
+                    at = start + tl.arange(0, BLOCK)
+                    flag = tl.load(flags + at, mask=at < length, other=0, volatile=True)
+                    is_row = ((flag == ((number << 1) | 1)) & (at < length)).to(tl.int32)
+                    rank = seen + tl.cumsum(is_row, 0) - is_row - skip
+                    is_mine = (is_row != 0) & (rank >= 0) & (rank < capacity - total)
+                    tl.store(source_ptr + total + rank, (one << ROW_BITS) | at, mask=is_mine)
+                    tl.store(numbers_ptr + total + rank, number + tl.zeros((BLOCK,), tl.int32), mask=is_mine)
+                    seen += tl.sum(is_row, 0)
+                mine = tl.minimum(seen - skip, capacity - total)
+                rows = tl.where(is_one, mine, rows)
+                is_part = tl.where(is_one, 1, is_part)
+                is_last = tl.where(is_one & (skip + mine == seen), 1, is_last)
+                answered += ((seen > 0) & (skip + mine == seen)).to(tl.int32)
+                total += mine
+                parts += (mine > 0).to(tl.int32)
+    # Between the flags that were seen and the rows that they are for.
+    tl.atomic_add(place, tl.zeros((PAD_R,), tl.int64), mask=is_part != 0, sem="acq_rel", scope="sys")
+    # Whoever has gone on has another message, which the next job finds.
+    found = tl.maximum(tl.max(is_part, 0), tl.minimum(gone_on, 1))
     tl.store(job_ptr + JOB_LAYER, lead_layer)
+    tl.store(job_ptr + ENDED + router, is_last)
+    tl.store(job_ptr + NUMBERS + router, seq)
     tl.store(layer_idx_ptr, lead_layer)
     tl.store(num_tokens_ptr, total)
-    tl.store(taken, seq, mask=is_last)
-    tl.store(taken + 1, seq, mask=is_part)
-    tl.store(taken + 2, first + rows, mask=is_part)
+    tl.store(taken, seq, mask=is_last != 0)
+    tl.store(taken + 1, seq, mask=is_part != 0)
+    tl.store(taken + 2, skipped + rows, mask=is_part != 0)
     # Who was waited for in vain is not waited for again before its next message.
     missing = _missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS) * found
     tl.store(taken + 3, tl.zeros((PAD_R,), tl.int32) - 1, mask=missing != 0)
-    tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last)
-    lead = tl.sum(tl.where(is_lead, router + 1, 0), 0)
+    tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last != 0)
     if found != 0:
-        tl.store(words_ptr + NEXT, lead % ROUTERS)
+        tl.store(words_ptr + NEXT, (lead + 1) % ROUTERS)
     tl.store(words_ptr + IDLE, 1 - found)
     tl.store(counted, jobs + found)
-    tl.store(counted + 1, messages + tl.sum(is_last.to(tl.int32), 0))
+    tl.store(counted + 1, messages + answered)
     tl.store(counted + 2, joined + tl.where(parts > 1, parts, 0))
     tl.store(counted + 3, tokens + total)
 
 
 @triton.jit
-def _find(job_ptr, row, JOB_ROUTERS: tl.constexpr, PARTS: tl.constexpr):
-    """(router or -1, row of its message) that a row of the job is."""
-    entry = tl.arange(0, PARTS)
-    router = tl.load(job_ptr + JOB_ROUTERS + entry)
-    first = tl.load(job_ptr + JOB_ROUTERS + PARTS + entry)
-    count = tl.load(job_ptr + JOB_ROUTERS + 2 * PARTS + entry)
-    end = tl.cumsum(count, 0)
-    is_mine = (row < end) & (row >= end - count)
-    found = tl.max(tl.where(is_mine, router, -1), 0)
-    return found, tl.sum(tl.where(is_mine, first + row - (end - count), 0), 0)
-
-
-@triton.jit
 def collect_kernel(
-    job_ptr, inboxes_ptr, rows_ptr, scales_ptr, slot_ids_ptr, weights_ptr, scales_offset, slot_ids_offset,
-    weights_offset,
+    source_ptr, num_tokens_ptr, inboxes_ptr, rows_ptr, scales_ptr, slot_ids_ptr, weights_ptr, scales_offset,
+    slot_ids_offset, weights_offset,
     HIDDEN: tl.constexpr, PAD_H: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
-    PAD_K: tl.constexpr, QUANTIZED: tl.constexpr, PARTS: tl.constexpr, JOB_ROUTERS: tl.constexpr,
+    PAD_K: tl.constexpr, QUANTIZED: tl.constexpr, ROW_BITS: tl.constexpr,
 ):  # fmt: skip
     """One program per row of the capacity."""
     row = tl.program_id(0)
-    router, theirs = _find(job_ptr, row, JOB_ROUTERS, PARTS)
-    if router < 0:
+    num_tokens, source = tl.load(num_tokens_ptr), tl.load(source_ptr + row)
+    if row >= num_tokens:
         return
-    base = tl.load(inboxes_ptr + router)
-    ours, theirs = row.to(tl.int64), theirs.to(tl.int64)
+    base = tl.load(inboxes_ptr + (source >> ROW_BITS))
+    ours, theirs = row.to(tl.int64), (source & ((1 << ROW_BITS) - 1)).to(tl.int64)
     column = tl.arange(0, PAD_H)
-    source = tl.multiple_of(base.to(tl.pointer_type(rows_ptr.dtype.element_ty)), 16) + theirs * HIDDEN
-    values = tl.load(source + column, mask=column < HIDDEN, cache_modifier=".cv")
+    place = tl.multiple_of(base.to(tl.pointer_type(rows_ptr.dtype.element_ty)), 16) + theirs * HIDDEN
+    values = tl.load(place + column, mask=column < HIDDEN, cache_modifier=".cv")
     tl.store(rows_ptr + ours * HIDDEN + column, values, mask=column < HIDDEN)
     if QUANTIZED:
         block = tl.arange(0, COLUMNS)
@@ -179,37 +194,34 @@ def collect_kernel(
 
 @triton.jit(do_not_specialize=["host_address"])
 def return_kernel(
-    partials_ptr, job_ptr, boxes_ptr, flags_ptr, words_ptr, host_address,
-    HIDDEN: tl.constexpr, PAD_H: tl.constexpr, PARTS: tl.constexpr, JOB: tl.constexpr, RETURNED: tl.constexpr,
-    COUNTED: tl.constexpr, NUM_COUNTS: tl.constexpr, DONE: tl.constexpr, ANSWERED: tl.constexpr,
-    JOB_ROUTERS: tl.constexpr,
+    partials_ptr, source_ptr, numbers_ptr, num_tokens_ptr, job_ptr, boxes_ptr, flags_ptr, words_ptr, host_address,
+    HIDDEN: tl.constexpr, PAD_H: tl.constexpr, ROUTERS: tl.constexpr, PAD_R: tl.constexpr, JOB: tl.constexpr,
+    RETURNED: tl.constexpr, COUNTED: tl.constexpr, NUM_COUNTS: tl.constexpr, DONE: tl.constexpr,
+    ANSWERED: tl.constexpr, ENDED: tl.constexpr, NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of the capacity; the last one raises the flags and says in host memory what is done.
-
-    Everything is asked for at once, also what only the last program needs.
-    """
+    """One program per row of the capacity, which it publishes; the last one says in host memory what is done."""
     row = tl.program_id(0)
+    num_tokens, source = tl.load(num_tokens_ptr), tl.load(source_ptr + row)
+    number = tl.load(numbers_ptr + row)
     column = tl.arange(0, PAD_H)
     values = tl.load(partials_ptr + row.to(tl.int64) * HIDDEN + column, mask=column < HIDDEN)
-    router, theirs = _find(job_ptr, row, JOB_ROUTERS, PARTS)
-    entry, count = tl.arange(0, PARTS), tl.arange(0, NUM_COUNTS)
-    asker = tl.load(job_ptr + JOB_ROUTERS + entry)
-    seq = tl.load(job_ptr + JOB_ROUTERS + 3 * PARTS + entry)
-    is_last = (tl.load(job_ptr + JOB_ROUTERS + 4 * PARTS + entry) != 0) & (asker >= 0)
-    flag = tl.load(flags_ptr + asker, mask=is_last, other=0).to(tl.pointer_type(tl.int32))
-    counted = tl.load(words_ptr + COUNTED + count)
-    done = tl.load(words_ptr + JOB) + 1
-    if router >= 0:
+    if row < num_tokens:
+        router, theirs = source >> ROW_BITS, source & ((1 << ROW_BITS) - 1)
+        flag = (tl.load(flags_ptr + router)).to(tl.pointer_type(tl.int32)) + theirs
         box = tl.load(boxes_ptr + router).to(tl.pointer_type(partials_ptr.dtype.element_ty))
         box = tl.multiple_of(box, 16)
         tl.store(box + theirs.to(tl.int64) * HIDDEN + column, values, mask=column < HIDDEN)
-    tl.debug_barrier()
-    if tl.atomic_add(words_ptr + RETURNED, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
-        tl.atomic_xchg(flag, seq, mask=is_last, sem="release", scope="sys")
+        tl.debug_barrier()
+        tl.atomic_xchg(flag, number, sem="release", scope="sys")
+    if tl.atomic_add(words_ptr + RETURNED, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(words_ptr + RETURNED, 0)
-        tl.store(words_ptr + JOB, done)
+        router, count = tl.arange(0, PAD_R), tl.arange(0, NUM_COUNTS)
+        is_ended = tl.load(job_ptr + ENDED + router, mask=router < ROUTERS, other=0) != 0
+        newest = tl.load(job_ptr + NUMBERS + router, mask=router < ROUTERS, other=0)
         host = host_address.to(tl.pointer_type(tl.int32))
-        tl.store(host + ANSWERED + asker, seq, mask=is_last)
-        tl.store(host + DONE + 1 + count, counted)
+        tl.store(host + ANSWERED + router, newest, mask=is_ended)
+        tl.store(host + DONE + 1 + count, tl.load(words_ptr + COUNTED + count))
+        done = tl.load(words_ptr + JOB) + 1
+        tl.store(words_ptr + JOB, done)
         tl.debug_barrier()
         tl.atomic_xchg(host + DONE, done, sem="release", scope="sys")

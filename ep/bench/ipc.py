@@ -193,7 +193,7 @@ class _Rig:
         num_tokens, num_shards, message = len(hidden), self._arrangement.num_shards, self._message
         answers = torch.stack([payload(message, self._limits.job_tokens, shard) for shard in range(num_shards)])
         plan = Plan.allocate(num_tokens, TOP_K, num_shards, torch.device("cpu"))
-        plan.position.copy_(torch.arange(num_tokens).expand(num_shards, -1))
+        plan.owners.fill_((1 << num_shards) - 1)
         expected = torch.empty(num_tokens, message.hidden, dtype=torch.bfloat16)
         p2p_reference.combine_partials(answers, plan, expected)
         wrong = [layer for layer, out in enumerate(outs) if not torch.equal(out.cpu(), expected)]

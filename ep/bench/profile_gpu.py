@@ -16,7 +16,7 @@ from ep.bench.step_parts import LEAST_STEPS, StepParts, sum_up
 GATE = "_route_kernel"
 KINDS = {
     "gate": re.compile(f"^{GATE}$"),
-    "dispatch": re.compile(r"^(plan|put)_kernel$"),
+    "dispatch": re.compile(r"^dispatch_kernel$"),
     "experts here": re.compile(r"^(_permute|_count|_place|grouped_gemm\w*|sum_choices)_kernel$"),
     "experts elsewhere": re.compile(r"^wait_kernel$"),
     "combine": re.compile(r"^combine_kernel$"),

@@ -88,7 +88,7 @@ class IpcTransport:
         self._opened: list[Mapped | None] = [None] * num_shards
         self._is_closed = False
         self._lost: dict[int, TransportError] = {}
-        self._rows = 0
+        self._rows = self._first = 0
         self.begin_step(message.max_tokens, 0)
         self.set_placement(placement)
         device.synchronize()
@@ -98,8 +98,8 @@ class IpcTransport:
     def buffer_bytes(self) -> int:
         """Of this GPU's memory, whatever the steps bring. The shards' inboxes are theirs."""
         tensors = (self._box, self._words, self._load, self._mailboxes, self._inboxes, self._tables.replicas,
-                   self._tables.num_replicas, self._plan.slots, self._plan.local_slots, self._plan.position,
-                   self._plan.counts, self._plan.sent)  # fmt: skip
+                   self._tables.num_replicas, self._plan.slots, self._plan.local_slots, self._plan.owners,
+                   self._plan.sent)  # fmt: skip
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -162,11 +162,11 @@ class IpcTransport:
         """
         if len(hidden) > self.message.max_tokens:
             raise ValueError(f"ipc: {len(hidden)} rows in a call, expected at most {self.message.max_tokens}")
-        self._rows = len(hidden)
-        launch, plan, words = self._device.launch, self._plan, self._words
-        launch(p2p.plan_dispatch, topk_ids, self._tables, plan, self._load, words, layer_pos, first_token)
-        launch(p2p.put_tokens, hidden, topk_weights, plan, self.message, self._inboxes, self._mailboxes, words,
-               layer_pos, self._tables.slots_per_shard)  # fmt: skip
+        self._rows, self._first = len(hidden), first_token
+        self._device.launch(
+            p2p.dispatch_tokens, hidden, topk_ids, topk_weights, self._tables, self._plan, self.message, self._load,
+            self._inboxes, self._mailboxes, self._words, layer_pos, first_token,
+        )  # fmt: skip
 
     @property
     def slots(self) -> torch.Tensor:
@@ -184,7 +184,9 @@ class IpcTransport:
         """The routed sum [T, H] (bf16 or float32) of the last dispatch; rows of padding are zero. local_partial [T, H]
         float32: of local_shard. Launches only; what a failed step brings is caught by `check`."""
         out = torch.empty(self._rows, self.message.hidden, dtype=dtype, device=self._device.torch_device)
-        self._device.launch(p2p.wait_partials, self._plan, self._flags, self._words, self._host_address)
+        self._device.launch(
+            p2p.wait_partials, self._plan, self._flags, self._words, self._host_address, self._rows, self._first
+        )
         self._device.launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
         return out
 
@@ -286,8 +288,8 @@ class IpcTransport:
 
     @property
     def _flags(self) -> torch.Tensor:
-        lines = self._box[: self.num_shards * layout.LINE].view(torch.int32)
-        return lines.view(self.num_shards, layout.LINE // 4)
+        size = (self.num_shards, self.message.max_tokens)
+        return self._box[: 4 * size[0] * size[1]].view(torch.int32).view(size)
 
     @property
     def _partials(self) -> torch.Tensor:

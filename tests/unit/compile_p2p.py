@@ -22,8 +22,8 @@ TYPES = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
 }  # fmt: skip
-MODULES = {"plan_kernel": "p2p_router", "put_kernel": "p2p_router", "wait_kernel": "p2p_router",
-           "combine_kernel": "p2p_router", "take_kernel": "p2p_shard", "collect_kernel": "p2p_shard",
+MODULES = {"dispatch_kernel": "p2p_router", "wait_kernel": "p2p_router", "combine_kernel": "p2p_router",
+           "take_kernel": "p2p_shard", "collect_kernel": "p2p_shard",
            "return_kernel": "p2p_shard"}  # fmt: skip
 
 
@@ -104,9 +104,9 @@ def _launch_all(message: Any, num_experts: int, num_shards: int) -> None:
     words, addresses = torch.zeros(512, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
     ids, weights = torch.zeros(rows, top_k, dtype=torch.int32), torch.zeros(rows, top_k)
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
-    p2p.plan_dispatch(ids, tables, plan, torch.zeros(2, 2, num_experts, dtype=torch.int64), words, 0)
-    p2p.put_tokens(x, weights, plan, message, addresses, addresses, words, 0, 4)
-    p2p.wait_partials(plan, torch.zeros(num_shards, 32, dtype=torch.int32), words, 1)
+    load = torch.zeros(2, 2, num_experts, dtype=torch.int64)
+    p2p.dispatch_tokens(x, ids, weights, tables, plan, message, load, addresses, addresses, words, 0)
+    p2p.wait_partials(plan, torch.zeros(num_shards, rows, dtype=torch.int32), words, 1, rows)
     partials = torch.zeros(num_shards, rows, hidden, dtype=message.partial_dtype)
     for local in (None, torch.zeros(rows, hidden)):
         p2p.combine_partials(partials, plan, x, local)

@@ -10,6 +10,7 @@ import torch
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p import Desk, Job, Plan, Tables
 from ep.kernels.p2p_layout import Header, MessageShape
+from ep.kernels.p2p_reference import _next
 
 HIDDEN = 256
 
@@ -37,8 +38,8 @@ class World:
 
     @property
     def flags(self) -> torch.Tensor:
-        flags = self.box[: self.num_shards * layout.LINE].view(torch.int32)
-        return flags.view(self.num_shards, layout.LINE // 4)
+        size = (self.num_shards, self.message.max_tokens)
+        return self.box[: 4 * size[0] * size[1]].view(torch.int32).view(size)
 
     @property
     def partials(self) -> torch.Tensor:
@@ -92,7 +93,6 @@ def make_world(
         [Desk.allocate(1, torch.device("cpu"), 0) for _ in range(num_shards)],
         torch.zeros(num_shards, layout.shard_words(1), dtype=torch.int32),
     )
-    world.flags[:, 0] = first_seq
     for desk in world.desks:
         desk.served[0] = GENERATION
         desk.taken[:, 0] = first_seq
@@ -136,6 +136,11 @@ def copy(world: World, device: str = "cpu") -> World:
     return _at_home(copied)
 
 
+def next_seq(world: World) -> int:
+    """The number of the messages that are under way."""
+    return _next(world.words.cpu())
+
+
 def run_router(
     ops: ModuleType,
     world: World,
@@ -147,15 +152,14 @@ def run_router(
 ) -> None:
     """addresses: of the inboxes and the mailboxes, on the device; finding them waits for the stream."""
     inboxes, mailboxes = addresses or (world.addresses(world.inbox), world.addresses(world.mailboxes))
-    ops.plan_dispatch(ids, world.tables, world.plan, world.load, world.words, 1, first)
-    ops.put_tokens(
-        x, weights, world.plan, world.message, inboxes, mailboxes, world.words, 1, world.tables.slots_per_shard
+    ops.dispatch_tokens(
+        x, ids, weights, world.tables, world.plan, world.message, world.load, inboxes, mailboxes, world.words, 1, first
     )
 
 
-def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1) -> None:
-    """Every shard that has a message answers it, in so many jobs at most: each row's partial is what its values stand
-    for, times its weights."""
+def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1, patience: int = 1) -> None:
+    """Every shard that has a message answers it, in so many jobs, the last of which may find nothing more: each row's
+    partial is what its values stand for, times its weights."""
     message = world.message
     for shard in range(world.num_shards):
         header = Header.unpack(int(world.mailboxes[shard]))
@@ -163,8 +167,8 @@ def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1) -> None:
             continue
         job, desk = world.jobs[shard], world.desks[shard]
         capacity = -(-header.num_tokens // parts)
-        for _ in range(-(-header.num_tokens // capacity)):
-            ops.take(desk, message, 2, job, capacity, 1, 0)
+        for _ in range(parts):
+            ops.take(desk, message, 2, job, capacity, patience, 0)
             ops.collect(desk, message, job, capacity)
             values = job.rows.float()
             if job.scales is not None:

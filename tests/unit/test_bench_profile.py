@@ -151,8 +151,7 @@ def test_a_router_marks_the_experts_in_a_profile_only(tmp_path: Any) -> None:
 
 KERNELS = {
     GATE: "gate",
-    "plan_kernel": "dispatch",
-    "put_kernel": "dispatch",
+    "dispatch_kernel": "dispatch",
     "wait_kernel": "experts elsewhere",
     "grouped_gemm_hopper_kernel": "experts here",
     "_permute_kernel": "experts here",
@@ -205,6 +204,6 @@ def test_kernels_of_a_step_add_up_to_it(
 def test_what_is_no_profile_of_a_gpu_router() -> None:
     kernel = {"ph": "X", "cat": "kernel", "name": GATE, "ts": 0.0, "dur": 1.0, "args": {"stream": 7}}
     with pytest.raises(ValueError, match="runs on 0 streams"):
-        split_gpu_steps([kernel | {"name": "plan_kernel"}], 1, 4)
+        split_gpu_steps([kernel | {"name": "dispatch_kernel"}], 1, 4)
     with pytest.raises(ValueError, match="2 gates of 1 MoE layers"):
         split_gpu_steps([kernel, kernel], 1, 4)

@@ -155,7 +155,7 @@ def test_padding_is_neither_sent_nor_counted(rig: Rig) -> None:
     assert not router.take_carried().pairs.any()
 
 
-def test_a_shard_without_tokens_is_not_asked(rig: Rig) -> None:
+def test_a_shard_without_tokens_has_nothing_to_answer(rig: Rig) -> None:
     tokens = Tokens.random(4, experts=EXPERTS // 2)  # all of them lie on shard 0
     got = tokens.send(rig.routers[0], 0)
     rig.serve()
@@ -313,6 +313,7 @@ def test_routers_come_and_go_while_others_are_served(rig: Rig) -> None:
 
     def advance() -> None:
         while not stop.is_set():
+            rig.now = time.monotonic()
             if not [device for device in rig.shard_devices if device.step()]:
                 time.sleep(0)
 

@@ -74,7 +74,6 @@ class Interleavings(RuleBasedStateMachine):
             self.devices[router_idx], self.block, router_idx, message_shape(MAX_TOKENS), PLACEMENTS[self.generation]
         )
         router._words[0] = first_seq
-        router._flags[:, 0] = first_seq
         self.block.headers[router_idx] = pack_header(first_seq, 0, 0)  # the last one of many
         for shard_idx, server in enumerate(self.servers):
             if server is not None:

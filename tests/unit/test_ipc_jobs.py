@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep.ipc_jobs import Demand, IpcLimits, bucket
+from ep.ipc_jobs import Demand, IpcLimits, bucket, likely_rows
+
+
+@given(num_tokens=st.integers(1, 5000), top_k=st.integers(1, 8), num_shards=st.integers(1, 64))
+def test_rows_of_a_message_are_as_many_as_even_choices_make(num_tokens: int, top_k: int, num_shards: int) -> None:
+    generator = np.random.default_rng(num_tokens)
+    chosen = generator.integers(0, num_shards, (num_tokens, top_k))
+    rows = (chosen == 0).any(1).sum()
+    likely = likely_rows(num_tokens, top_k, num_shards)
+    assert 1 <= likely <= num_tokens
+    assert rows <= likely + 4 * num_tokens**0.5
+    assert num_shards > 1 or likely == num_tokens
 
 
 @given(num_rows=st.integers(1, 5000))

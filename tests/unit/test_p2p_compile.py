@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
-KERNELS = {
-    "plan_kernel", "put_kernel", "wait_kernel", "combine_kernel", "take_kernel", "collect_kernel", "return_kernel"
-}  # fmt: skip
-MOVERS = KERNELS - {"plan_kernel", "wait_kernel", "take_kernel"}
-PUBLISHES = {"put_kernel": 2, "return_kernel": 3, "wait_kernel": 3}
-"""Releases at system scope: every program's count and the words that the last one writes."""
+KERNELS = {"dispatch_kernel", "wait_kernel", "combine_kernel", "take_kernel", "collect_kernel", "return_kernel"}
+MOVERS = KERNELS - {"wait_kernel", "take_kernel"}
+PUBLISHES = {"dispatch_kernel": 1, "return_kernel": 2, "wait_kernel": 3}
+"""Releases at system scope: a row's flag, and what hosts are told."""
 WIDE = {"gfx942": ("dwordx4", "dwordx2"), "sm_90": ("v4.b32",)}
 
 
