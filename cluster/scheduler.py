@@ -91,38 +91,39 @@ class AsyncRouterScheduler(_KnowsFailedSteps, AsyncScheduler):
         self._under_way.update(scheduler_output.num_scheduled_tokens.keys())
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        sizes = scheduler_output.num_scheduled_tokens
+        if not (_DROPS_STALE or isinstance(model_runner_output, FailedStep)):
+            for request_id in sizes.keys() & self._void.keys():
+                model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]] = []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for counter in (self._under_way, self._void):
-            for request_id in scheduler_output.num_scheduled_tokens.keys() & counter.keys():
+            for request_id in sizes.keys() & counter.keys():
                 counter[request_id] -= 1
                 if counter[request_id] <= 0:
                     del counter[request_id]
         return outputs
 
     def _take_back(self, sizes: Mapping[str, int]) -> list[Any]:
-        found = []
-        for request in super()._take_back(sizes):
-            if request.request_id not in self._void:
-                found.append(request)
-            elif _DROPS_STALE:
-                request.num_stale_output_tokens -= sizes[request.request_id]
-            else:
-                request.async_tokens_to_discard = max(request.async_tokens_to_discard - 1, 0)
-        return found
+        requests = super()._take_back(sizes)
+        for request in requests if _DROPS_STALE else ():
+            stale = request.num_stale_output_tokens
+            request.num_stale_output_tokens = max(stale - sizes[request.request_id], 0)
+        return [request for request in requests if request.request_id not in self._void]
 
     def _repeat(self, requests: list[Any], sizes: Mapping[str, int]) -> None:
         """As vLLM where it throws the KV cache of running requests away: what they have said stays said, all of it is
         computed anew."""
         now = time.monotonic()
         for request in reversed(requests):  # each goes before the others
-            if request.status != RequestStatus.RUNNING:
-                continue
             self._void[request.request_id] = self._under_way[request.request_id]  # this step among them
-            self.running.remove(request)
-            if _DROPS_STALE:
-                self._preempt_request(request, now, drop_stale_output=True)
-            else:
-                self._preempt_request(request, now)
-                request.async_tokens_to_discard = max(request.num_output_placeholders - 1, 0)
+            if request.status == RequestStatus.RUNNING:
+                self.running.remove(request)
+                if _DROPS_STALE:
+                    self._preempt_request(request, now, drop_stale_output=True)
+                else:
+                    self._preempt_request(request, now)
+            elif _DROPS_STALE:
+                request.drop_stale_output = True
+            if not _DROPS_STALE:
                 request.num_output_placeholders = 0
         self.prev_step_scheduled_req_ids.clear()
