@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p_layout import MessageShape
-from ep.kernels.p2p_router import combine_kernel, dispatch_kernel, wait_kernel
+from ep.kernels.p2p_router import combine_kernel, dispatch_kernel, wait_and_combine_kernel, wait_kernel
 from ep.kernels.p2p_shard import collect_kernel, return_kernel, take_kernel
 from ep.kernels.quant import fp8_max
 from ep.kernels.reference import MIN_AMAX, TOKEN_BLOCK
@@ -141,8 +141,8 @@ def dispatch_tokens(
         PAD_S=triton.next_power_of_2(plan.num_shards), WINDOW=WINDOW, LOOK_BACK=LOOK_BACK,
         DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
         FP8_MAX=fp8_max(message.dtype) if message.quantized else 0.0, MIN_AMAX=MIN_AMAX, SEQ=layout.SEQ,
-        NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, FAILED=layout.FAILED, GENERATION=layout.GENERATION,
-        TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, num_warps=8,
+        SENT=layout.SENT, NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, FAILED=layout.FAILED,
+        GENERATION=layout.GENERATION, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, num_warps=8,
     )  # fmt: skip
 
 
@@ -155,14 +155,9 @@ def wait_partials(
     flags [S, M] int32; host_address: the router's words in host memory; num_rows, first_token: of the call. Given up,
     it says so there and in words[FAILED], after which every later wait ends at once.
     """
-    pad_s = triton.next_power_of_2(plan.num_shards)
-    block = min(triton.next_power_of_2(num_rows), max(WAITED_FLAGS // pad_s, 16))
     wait_kernel[(1,)](
         plan.owners, plan.sent, flags, words, host_address, num_rows, first_token, flags.stride(0),
-        SHARDS=plan.num_shards, PAD_S=pad_s, BLOCK_T=block, PATIENCE=PATIENCE, SLOW=SLOW, SEQ=layout.SEQ,
-        STEP=layout.STEP, NUM_TOKENS=layout.NUM_TOKENS, FAILED=layout.FAILED, ABORT=layout.ABORT,
-        FAILED_STEP=layout.FAILED_STEP, WAITING_SEQ=layout.WAITING_SEQ, DONE_SEQ=layout.DONE_SEQ, LATE=layout.LATE,
-        num_warps=4,
+        num_warps=4, **_waiting(plan, num_rows),
     )  # fmt: skip
 
 
@@ -180,6 +175,28 @@ def combine_partials(
         0 if local_partial is None else local_partial.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK,
         SHARDS=plan.num_shards, HAS_LOCAL=local_partial is not None, num_warps=4,
     )  # fmt: skip
+
+
+def wait_and_combine(
+    partials: torch.Tensor, plan: Plan, out: torch.Tensor, flags: torch.Tensor, words: torch.Tensor, host_address: int,
+    first_token: int = 0,
+) -> None:  # fmt: skip
+    """`wait_partials` and `combine_partials` at once: a row is summed up as soon as it is there. Its programs wait all
+    over the GPU: not for one on which a shard of this process computes the answer."""
+    num_rows, hidden = out.shape
+    wait_and_combine_kernel[(num_rows + 1, triton.cdiv(hidden, COMBINE_BLOCK))](
+        partials, plan.owners, out, partials.stride(0), plan.sent, flags, words, host_address, num_rows, first_token,
+        flags.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK, num_warps=4, **_waiting(plan, num_rows),
+    )  # fmt: skip
+
+
+def _waiting(plan: Plan, num_rows: int) -> dict[str, int]:
+    """Constants of the kernels that wait."""
+    pad_s = triton.next_power_of_2(plan.num_shards)
+    block = min(triton.next_power_of_2(num_rows), max(WAITED_FLAGS // pad_s, 16))
+    names = ("SEQ", "SENT", "STEP", "NUM_TOKENS", "FAILED", "ABORT", "FAILED_STEP", "WAITING_SEQ", "DONE_SEQ", "LATE")
+    places: dict[str, int] = {name: getattr(layout, name) for name in names}
+    return {"SHARDS": plan.num_shards, "PAD_S": pad_s, "BLOCK_T": block, "PATIENCE": PATIENCE, "SLOW": SLOW} | places
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ LINE = 128
 
 ALIGNMENT = 256
 
-SEQ, STEP, NUM_TOKENS, NUM_DECODE, FAILED, GENERATION = (slot * (LINE // 4) for slot in range(6))
-"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last answered message's number. STEP: the step's
-number, from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was
+SEQ, SENT, STEP, NUM_TOKENS, NUM_DECODE, FAILED, GENERATION = (slot * (LINE // 4) for slot in range(7))
+"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last answered message's number; SENT: that of the
+last one that was sent. STEP: the step's number, from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was
 given up. GENERATION: of the placement that it routes by."""
 
 JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED, WAITED, LOOKED = (slot * (LINE // 4) for slot in range(8))

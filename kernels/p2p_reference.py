@@ -77,7 +77,8 @@ def dispatch_tokens(
     plan.local_slots[token[is_local], choice[is_local]] = slot[is_local] - plan.local_shard * tables.slots_per_shard
     pair = ((token < num_decode).long() * num_layers + layer_pos) * num_experts + expert
     load += pair.bincount(minlength=load.numel()).view(load.shape)
-    seq, generation = _next(words), int(words[layout.GENERATION])
+    words[layout.SENT] = seq = _next(words)
+    generation = int(words[layout.GENERATION])
     quantized = quantize_tokens(x, message.dtype) if message.quantized else None
     for one in range(plan.num_shards):
         if not plan.is_sent[one]:
@@ -130,7 +131,7 @@ def wait_partials(
     plan: Plan, flags: torch.Tensor, words: torch.Tensor, host_address: int, num_rows: int, first_token: int = 0
 ) -> bool:
     host = at_address(host_address, (layout.router_words(plan.num_shards),), torch.int32)
-    num_tokens, seq = _num_tokens(words, num_rows, first_token), _next(words)
+    num_tokens, seq = _num_tokens(words, num_rows, first_token), int(words[layout.SENT])
     shards = torch.arange(plan.num_shards)
     is_awaited = (plan.owners[:num_tokens] >> shards[:, None]) & 1 != 0
     is_late = is_awaited & (flags[:, :num_tokens] != seq)
@@ -160,6 +161,16 @@ def combine_partials(
         if local_partial is not None and shard == plan.local_shard:
             total += local_partial
     out.copy_(total)
+
+
+def wait_and_combine(
+    partials: torch.Tensor, plan: Plan, out: torch.Tensor, flags: torch.Tensor, words: torch.Tensor, host_address: int,
+    first_token: int = 0,
+) -> bool:  # fmt: skip
+    is_over = wait_partials(plan, flags, words, host_address, len(out), first_token)
+    if is_over:
+        combine_partials(partials, plan, out)
+    return is_over
 
 
 def take(

@@ -29,8 +29,8 @@ def dispatch_kernel(
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, PAD_K: tl.constexpr,
     REPLICAS: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr, WINDOW: tl.constexpr, LOOK_BACK: tl.constexpr,
     DTYPE: tl.constexpr, QUANTIZE: tl.constexpr, FP8_MAX: tl.constexpr, MIN_AMAX: tl.constexpr, SEQ: tl.constexpr,
-    NUM_TOKENS: tl.constexpr, NUM_DECODE: tl.constexpr, FAILED: tl.constexpr, GENERATION: tl.constexpr,
-    TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr,
+    SENT: tl.constexpr, NUM_TOKENS: tl.constexpr, NUM_DECODE: tl.constexpr, FAILED: tl.constexpr,
+    GENERATION: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr,
 ):  # fmt: skip
     """One program per token. Everything is asked for at once: one wait for memory instead of many."""
     token = tl.program_id(0)
@@ -73,6 +73,8 @@ def dispatch_kernel(
     tl.atomic_add(load_ptr + phase + key, one, mask=is_pair, sem="relaxed")
     here = tl.max((owner[:, None] == shard[None, :]).to(tl.int32), 0) * is_sent
     tl.store(owners_ptr + token, tl.sum(here.to(tl.int64) << shard.to(tl.int64), 0))
+    if token == 0:
+        tl.store(words_ptr + SENT, seq)
     if (failed != 0) | (token >= num_tokens):
         return
     if token == 0:
@@ -107,15 +109,16 @@ def dispatch_kernel(
     tl.atomic_xchg(flag, (seq << 1) | here, mask=is_sent != 0, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["host_address", "num_rows", "first_token", "flags_stride"])
-def wait_kernel(
+@triton.jit
+def _wait(
     owners_ptr, sent_ptr, flags_ptr, words_ptr, host_address, num_rows, first_token, flags_stride,
     SHARDS: tl.constexpr, PAD_S: tl.constexpr, BLOCK_T: tl.constexpr, PATIENCE: tl.constexpr, SLOW: tl.constexpr,
-    SEQ: tl.constexpr, STEP: tl.constexpr, NUM_TOKENS: tl.constexpr, FAILED: tl.constexpr, ABORT: tl.constexpr,
-    FAILED_STEP: tl.constexpr, WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr, LATE: tl.constexpr,
+    SEQ: tl.constexpr, SENT: tl.constexpr, STEP: tl.constexpr, NUM_TOKENS: tl.constexpr, FAILED: tl.constexpr,
+    ABORT: tl.constexpr, FAILED_STEP: tl.constexpr, WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
-    """One program. It looks at host memory, which is far, once in PATIENCE polls."""
-    has_failed, seq = tl.load(words_ptr + FAILED), _next_number(tl.load(words_ptr + SEQ))
+    """For all rows. It looks at host memory, which is far, once in PATIENCE polls."""
+    has_failed, seq = tl.load(words_ptr + FAILED), tl.load(words_ptr + SENT)
     num_tokens = tl.minimum(tl.load(words_ptr + NUM_TOKENS) - first_token, num_rows)
     host = host_address.to(tl.pointer_type(tl.int32))
     shard = tl.arange(0, PAD_S)
@@ -155,15 +158,11 @@ def wait_kernel(
     tl.store(sent + 1, sent_messages + (rows > 0).to(tl.int64), mask=shard < SHARDS)
 
 
-@triton.jit(do_not_specialize=["local_shard"])
-def combine_kernel(
-    partials_ptr, owners_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride, HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr, SHARDS: tl.constexpr, HAS_LOCAL: tl.constexpr,
+@triton.jit
+def _combine(
+    token, column, owners, partials_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, HAS_LOCAL: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < HIDDEN
-    owners = tl.load(owners_ptr + token)
     total = tl.zeros((BLOCK,), tl.float32)
     for one in tl.static_range(SHARDS):
         source = partials_ptr + one * shard_stride + token * HIDDEN + column
@@ -172,4 +171,65 @@ def combine_kernel(
         if HAS_LOCAL:
             is_here = column < tl.where(local_shard == one, HIDDEN, 0)
             total += tl.load(local_ptr + token * local_stride + column, mask=is_here, other=0.0)
-    tl.store(out_ptr + token * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + token * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)
+
+
+@triton.jit(do_not_specialize=["host_address", "num_rows", "first_token", "flags_stride"])
+def wait_kernel(
+    owners_ptr, sent_ptr, flags_ptr, words_ptr, host_address, num_rows, first_token, flags_stride,
+    SHARDS: tl.constexpr, PAD_S: tl.constexpr, BLOCK_T: tl.constexpr, PATIENCE: tl.constexpr, SLOW: tl.constexpr,
+    SEQ: tl.constexpr, SENT: tl.constexpr, STEP: tl.constexpr, NUM_TOKENS: tl.constexpr, FAILED: tl.constexpr,
+    ABORT: tl.constexpr, FAILED_STEP: tl.constexpr, WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr,
+    LATE: tl.constexpr,
+):  # fmt: skip
+    """One program."""
+    _wait(owners_ptr, sent_ptr, flags_ptr, words_ptr, host_address, num_rows, first_token, flags_stride, SHARDS, PAD_S,
+          BLOCK_T, PATIENCE, SLOW, SEQ, SENT, STEP, NUM_TOKENS, FAILED, ABORT, FAILED_STEP, WAITING_SEQ, DONE_SEQ,
+          LATE)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["local_shard"])
+def combine_kernel(
+    partials_ptr, owners_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride, HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr, SHARDS: tl.constexpr, HAS_LOCAL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    owners = tl.load(owners_ptr + token)
+    _combine(token, column, owners, partials_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride, HIDDEN,
+             BLOCK, SHARDS, HAS_LOCAL)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["host_address", "num_rows", "first_token", "flags_stride"])
+def wait_and_combine_kernel(
+    partials_ptr, owners_ptr, out_ptr, shard_stride, sent_ptr, flags_ptr, words_ptr, host_address, num_rows,
+    first_token, flags_stride,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    PATIENCE: tl.constexpr, SLOW: tl.constexpr, SEQ: tl.constexpr, SENT: tl.constexpr, STEP: tl.constexpr,
+    NUM_TOKENS: tl.constexpr, FAILED: tl.constexpr, ABORT: tl.constexpr, FAILED_STEP: tl.constexpr,
+    WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """The first program waits for all rows, and says if it gives up; the others each for their row, or for that word."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    if row == 0:
+        if part == 0:
+            _wait(owners_ptr, sent_ptr, flags_ptr, words_ptr, host_address, num_rows, first_token, flags_stride,
+                  SHARDS, PAD_S, BLOCK_T, PATIENCE, SLOW, SEQ, SENT, STEP, NUM_TOKENS, FAILED, ABORT, FAILED_STEP,
+                  WAITING_SEQ, DONE_SEQ, LATE)  # fmt: skip
+    else:
+        token = (row - 1).to(tl.int64)
+        column = part * BLOCK + tl.arange(0, BLOCK)
+        shard = tl.arange(0, PAD_S)
+        has_failed, seq, owners = tl.load(words_ptr + FAILED), tl.load(words_ptr + SENT), tl.load(owners_ptr + token)
+        is_awaited = ((owners >> shard.to(tl.int64)) & 1) != 0
+        flags = flags_ptr + shard * flags_stride + token
+        missing, polls = 1 - has_failed, 0
+        while missing != 0:
+            flag = tl.atomic_add(flags, tl.zeros((PAD_S,), tl.int32), mask=is_awaited, sem="acquire", scope="sys")
+            missing = tl.max((is_awaited & (flag != seq)).to(tl.int32), 0)
+            polls += 1
+            if (missing != 0) & (polls % PATIENCE == 0):
+                missing = (tl.load(words_ptr + FAILED, volatile=True) == 0).to(tl.int32)
+        tl.debug_barrier()
+        _combine(token, column, owners, partials_ptr, partials_ptr, out_ptr, shard_stride, -1, 0, HIDDEN, BLOCK,
+                 SHARDS, False)  # fmt: skip

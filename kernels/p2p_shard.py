@@ -100,14 +100,21 @@ def take_kernel(
             flags = (base + flags_offset).to(tl.pointer_type(tl.int32))
             newest = (base + header_offset).to(tl.pointer_type(tl.int64))
             # Its rows are under way. It is gone if they do not come; it may go on where none of them is for this shard.
-            late, looks, is_whole = 1, 0, 1
+            # What the last look stores is right.
+            late, looks, is_whole, seen = 1, 0, 1, 0
             while late != 0:
-                late = 0
+                late, seen = 0, 0
                 for start in range(0, length, BLOCK):
                     at = start + tl.arange(0, BLOCK)
                     flag = tl.load(flags + at, mask=at < length, other=0, volatile=True)
                     is_late = (at < length) & ((flag | 1) != ((number << 1) | 1))
                     late = tl.maximum(late, tl.max(is_late.to(tl.int32), 0))
+                    is_row = ((flag == ((number << 1) | 1)) & (at < length)).to(tl.int32)
+                    rank = seen + tl.cumsum(is_row, 0) - is_row - skip
+                    is_mine = (is_row != 0) & (rank >= 0) & (rank < capacity - total)
+                    tl.store(source_ptr + total + rank, (one << ROW_BITS) | at, mask=is_mine)
+                    tl.store(numbers_ptr + total + rank, number + tl.zeros((BLOCK,), tl.int32), mask=is_mine)
+                    seen += tl.sum(is_row, 0)
                 looks += 1
                 if late != 0:
                     has_gone_on = tl.load(newest, volatile=True).to(tl.int32) != number
@@ -116,16 +123,6 @@ def take_kernel(
                         is_whole = 0
                     gone_on += has_gone_on.to(tl.int32)
             if is_whole != 0:
-                seen = 0
-                for start in range(0, length, BLOCK):
-                    at = start + tl.arange(0, BLOCK)
-                    flag = tl.load(flags + at, mask=at < length, other=0, volatile=True)
-                    is_row = ((flag == ((number << 1) | 1)) & (at < length)).to(tl.int32)
-                    rank = seen + tl.cumsum(is_row, 0) - is_row - skip
-                    is_mine = (is_row != 0) & (rank >= 0) & (rank < capacity - total)
-                    tl.store(source_ptr + total + rank, (one << ROW_BITS) | at, mask=is_mine)
-                    tl.store(numbers_ptr + total + rank, number + tl.zeros((BLOCK,), tl.int32), mask=is_mine)
-                    seen += tl.sum(is_row, 0)
                 mine = tl.minimum(seen - skip, capacity - total)
                 rows = tl.where(is_one, mine, rows)
                 is_part = tl.where(is_one, 1, is_part)

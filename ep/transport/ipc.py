@@ -13,6 +13,7 @@ Shape legend: T tokens of a call (padding included), H hidden, K top-k, S shards
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 
 import numpy as np
@@ -64,6 +65,7 @@ class IpcTransport:
         self.num_shards = num_shards
         self.deadline_s = deadline_s
         self.local_shard = local_shard
+        self._shares_gpu = local_shard is not None
         self._device, self._block = device, block
         self._host = block.routers[router_idx]
         self._host[:] = 0
@@ -114,6 +116,7 @@ class IpcTransport:
         self._inboxes[shard_idx] = inbox.data_ptr()
         self._device.synchronize()
         self._opened[shard_idx] = inbox
+        self._shares_gpu |= handles.pid == os.getpid()
         self._watch.watch_process(shard_idx, handles.pid)
 
     def host(self, launching_s: Callable[[], float]) -> None:
@@ -184,10 +187,12 @@ class IpcTransport:
         """The routed sum [T, H] (bf16 or float32) of the last dispatch; rows of padding are zero. local_partial [T, H]
         float32: of local_shard. Launches only; what a failed step brings is caught by `check`."""
         out = torch.empty(self._rows, self.message.hidden, dtype=dtype, device=self._device.torch_device)
-        self._device.launch(
-            p2p.wait_partials, self._plan, self._flags, self._words, self._host_address, self._rows, self._first
-        )
-        self._device.launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
+        launch, waiting = self._device.launch, (self._flags, self._words, self._host_address)
+        if self._shares_gpu:
+            launch(p2p.wait_partials, self._plan, *waiting, self._rows, self._first)
+            launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
+        else:
+            launch(p2p.wait_and_combine, self._partials, self._plan, out, *waiting, self._first)
         return out
 
     def warm_up(self, dtype: torch.dtype = torch.bfloat16) -> None:

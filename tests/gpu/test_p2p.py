@@ -53,10 +53,13 @@ def test_small_round_trips_are_the_twins(
             run_router(ops, each, x.to(device), ids.to(device), weights.to(device))
             torch.cuda.synchronize()
             run_shards(ops, each, next_seq(each))
-            ops.wait_partials(each.plan, each.flags, each.words, each.host.data_ptr(), num)
+            waiting = each.flags, each.words, each.host.data_ptr()
             outs.append(torch.full(x.shape, float("nan"), device=device).bfloat16())
-            partial = local.to(device) if has_local else None
-            ops.combine_partials(each.partials, each.plan, outs[-1], partial)
+            if has_local:
+                ops.wait_partials(each.plan, *waiting, num)
+                ops.combine_partials(each.partials, each.plan, outs[-1], local.to(device))
+            else:
+                ops.wait_and_combine(each.partials, each.plan, outs[-1], *waiting)
         torch.cuda.synchronize()
         assert_same(ours, world, num)
         assert torch.equal(outs[0].cpu(), outs[1])

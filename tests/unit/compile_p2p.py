@@ -23,6 +23,7 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8",
 }  # fmt: skip
 MODULES = {"dispatch_kernel": "p2p_router", "wait_kernel": "p2p_router", "combine_kernel": "p2p_router",
+           "wait_and_combine_kernel": "p2p_router",
            "take_kernel": "p2p_shard", "collect_kernel": "p2p_shard",
            "return_kernel": "p2p_shard"}  # fmt: skip
 
@@ -106,8 +107,10 @@ def _launch_all(message: Any, num_experts: int, num_shards: int) -> None:
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
     load = torch.zeros(2, 2, num_experts, dtype=torch.int64)
     p2p.dispatch_tokens(x, ids, weights, tables, plan, message, load, addresses, addresses, words, 0)
-    p2p.wait_partials(plan, torch.zeros(num_shards, rows, dtype=torch.int32), words, 1, rows)
+    flags = torch.zeros(num_shards, rows, dtype=torch.int32)
+    p2p.wait_partials(plan, flags, words, 1, rows)
     partials = torch.zeros(num_shards, rows, hidden, dtype=message.partial_dtype)
+    p2p.wait_and_combine(partials, plan, x, flags, words, 1)
     for local in (None, torch.zeros(rows, hidden)):
         p2p.combine_partials(partials, plan, x, local)
     job = p2p.Job.allocate(message, rows, cpu)

@@ -82,11 +82,12 @@ def test_messages_are_the_twins(
     dtype=st.sampled_from([torch.float8_e4m3fn, torch.bfloat16]),
     partial_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     has_local=st.booleans(),
+    at_once=st.booleans(),
     first_seq=st.sampled_from([0, INT32_MAX]),
 )
 def test_round_trips_are_the_twins(
     num_shards: int, top_k: int, num_rows: int, seed: int, parts: int, dtype: torch.dtype, partial_dtype: torch.dtype,
-    has_local: bool, first_seq: int,
+    has_local: bool, at_once: bool, first_seq: int,
 ) -> None:  # fmt: skip
     local_shard = num_shards - 1 if has_local else -1
     world = make_world(
@@ -104,10 +105,14 @@ def test_round_trips_are_the_twins(
         for ops, each in zip(BOTH, worlds, strict=True):
             run_router(ops, each, x, ids, weights)
             run_shards(ops, each, next_seq(each), parts)
-            ops.wait_partials(each.plan, each.flags, each.words, each.host.data_ptr(), num)
-            assert not each.words[p2p_layout.FAILED]
             out = torch.full_like(x, float("nan"))
-            ops.combine_partials(each.partials, each.plan, out, local)
+            waiting = each.flags, each.words, each.host.data_ptr()
+            if at_once and not has_local:
+                ops.wait_and_combine(each.partials, each.plan, out, *waiting)
+            else:
+                ops.wait_partials(each.plan, *waiting, num)
+                ops.combine_partials(each.partials, each.plan, out, local)
+            assert not each.words[p2p_layout.FAILED]
             outs.append(out)
         assert_same(*worlds, num)
         assert torch.equal(*outs)
@@ -147,9 +152,18 @@ def test_pairs_are_dealt_out_as_the_twins_do_beyond_a_window() -> None:
 
 
 @on_cpu
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("ops", BOTH)
-def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
+def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType, at_once: bool) -> None:
     world = make_world(3)
+
+    def wait() -> None:
+        waiting = world.flags, world.words, world.host.data_ptr()
+        if at_once:
+            ops.wait_and_combine(world.partials, world.plan, torch.zeros_like(x), *waiting)
+        else:
+            ops.wait_partials(world.plan, *waiting, 4)
+
     x = torch.randn(4, world.message.hidden).bfloat16()
     ids, weights = torch.arange(12).remainder(8).int().view(4, 3), torch.rand(4, 3)
     world.words[p2p_layout.STEP] = 7
@@ -158,7 +172,7 @@ def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
     answered = int(awaited.nonzero()[0])
     world.flags[answered] = 1
     world.host[p2p_layout.ABORT] = 1
-    ops.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr(), 4)
+    wait()
     assert world.words[p2p_layout.FAILED] == 1
     assert world.host[p2p_layout.FAILED_STEP] == 7
     late = world.host[p2p_layout.LATE : p2p_layout.LATE + 3].bool()
@@ -166,7 +180,7 @@ def test_an_aborted_wait_fails_and_stops_what_follows(ops: ModuleType) -> None:
     before = world.inbox.clone(), world.mailboxes.clone()
     world.words[p2p_layout.STEP] = 8
     run_router(ops, world, x + 1, ids, weights)
-    ops.wait_partials(world.plan, world.flags, world.words, world.host.data_ptr(), 4)
+    wait()
     assert torch.equal(world.inbox, before[0]) and torch.equal(world.mailboxes, before[1])
     assert world.host[p2p_layout.FAILED_STEP] == 7
 

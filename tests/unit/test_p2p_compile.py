@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
-KERNELS = {"dispatch_kernel", "wait_kernel", "combine_kernel", "take_kernel", "collect_kernel", "return_kernel"}
+KERNELS = {
+    "dispatch_kernel", "wait_kernel", "combine_kernel", "wait_and_combine_kernel", "take_kernel", "collect_kernel",
+    "return_kernel",
+}  # fmt: skip
 MOVERS = KERNELS - {"wait_kernel", "take_kernel"}
-PUBLISHES = {"dispatch_kernel": 1, "return_kernel": 2, "wait_kernel": 3}
+PUBLISHES = {"dispatch_kernel": 1, "return_kernel": 2, "wait_kernel": 3, "wait_and_combine_kernel": 3}
 """Releases at system scope: a row's flag, and what hosts are told."""
 WIDE = {"gfx942": ("dwordx4", "dwordx2"), "sm_90": ("v4.b32",)}
 
