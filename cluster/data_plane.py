@@ -19,7 +19,7 @@ from ep.compute.base import ExpertCompute
 from ep.compute.choose import keeps_quantized, open_compute
 from ep.far_shards import FarShards
 from ep.graph_router import GraphRouter
-from ep.ipc_router import Beside, IpcRouter
+from ep.ipc_router import IpcRouter
 from ep.ipc_setup import MESSAGE_TOKENS, message_shape, open_device
 from ep.link import NAMESPACE
 from ep.model import ModelSpec
@@ -166,36 +166,38 @@ def _open_ipc(
     share: Share,
     hosted: ShardActor | None,
 ) -> DataPlane:
-    """Shards of this node over ipc, one of them perhaps in this process; those of others over sockets."""
+    """Shards of this node over ipc, one of them perhaps in this process; those of others over sockets.
+
+    A shard in this process is sent its router's rows as any other is: its jobs join them with other routers' rows, and
+    read the experts' weights once for all of them.
+    """
     assert setup.ipc is not None
-    spec, local = checkpoint.spec, setup.rank if hosted is not None else None
+    spec = checkpoint.spec
     place = torch.device("cuda", share.rank) if setup.on_gpu else torch.device("cpu")
     device = open_device(place)
     block = MailboxBlock.open(setup.ipc.block, setup.ipc.num_routers, placement.num_shards)
     message = message_shape(spec, setup.ipc, place)
-    transport = IpcTransport(device, block, setup.rank, message, placement, local, setup.deadline_s)
+    transport = IpcTransport(device, block, setup.rank, message, placement, setup.deadline_s)
     members: list[Membership] = []
     far: list[FarShards] = []
 
-    def open_slots() -> Beside:
-        slots = None
+    def open_slots() -> FarShards | None:
         if hosted is not None:
             hosted.load()
-            slots = hosted.compute.for_router(message.max_tokens)
             coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
-            ray.get(coordinator.hosted_up.remote(local, hosted.listen()))
-            transport.host(hosted.launching_s)
+            ray.get(coordinator.hosted_up.remote(setup.rank, hosted.listen()))
+            transport.host(setup.rank, hosted.launching_s)
         membership = _membership(setup)
         members.append(membership)
         node_id = ray.get_runtime_context().get_node_id()
         elsewhere = [one.shard_idx for one in membership.endpoints() if one.node_id != node_id]
-        for shard_idx in set(range(placement.num_shards)) - {local, *elsewhere}:
+        for shard_idx in set(range(placement.num_shards)) - set(elsewhere):
             transport.replace(shard_idx, membership.attach(shard_idx, transport.handles))
         if elsewhere:
             transport.leave_out(elsewhere)
             sockets = _socket_router(setup, spec, router.placement, membership, message.max_tokens)
             far.append(FarShards(sockets, elsewhere, message.max_tokens, place))
-        return Beside(slots, far[0] if far else None)
+        return far[0] if far else None
 
     def replace(shard_idx: int, error: TransportError) -> None:
         members[0].replace(shard_idx, error)
@@ -204,7 +206,7 @@ def _open_ipc(
     def describe(shard_idx: int) -> str:
         if far and shard_idx in far[0].shards:
             return far[0].router.describe(shard_idx)
-        return "in process" if shard_idx == local else "ipc"
+        return "in process" if hosted is not None and shard_idx == setup.rank else "ipc"
 
     def close() -> None:
         router.close()

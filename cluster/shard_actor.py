@@ -12,7 +12,6 @@ from ep.cluster.gpus import claim
 from ep.cluster.session import restore_priority
 
 if TYPE_CHECKING:
-    from ep.compute.base import ExpertCompute
     from ep.ipc_options import IpcOptions
     from ep.migration import Transfer
     from ep.mover import Moved
@@ -71,11 +70,6 @@ class ShardActor:
             fp8=self._setup.fp8,
             coming=None if coming is None else Placement.from_dict(coming),
         )
-
-    @property
-    def compute(self) -> ExpertCompute:
-        """The loaded slots, for a router in the same process."""
-        return self._shard.compute
 
     def listen(self) -> Endpoint:
         """Open the data plane on this node, for ipc too if so asked; returns where routers connect by sockets."""

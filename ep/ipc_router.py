@@ -1,6 +1,6 @@
 """A router that reaches the shards of its node over ipc: it only launches, so a step may be one captured graph.
 
-    step ─> (dispatch ─> slots of this process meanwhile ─> combine, once per MoE layer) ─> failure
+    step ─> (dispatch ─> combine, once per MoE layer) ─> failure
 
 Shards of other nodes, if there are any, are asked over sockets in between (ep/far_shards.py), by the host.
 
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ep.compute.base import RouterSlots
 from ep.errors import DeadlineError, ShardLostError, TransportError
 from ep.far_shards import FarShards
 from ep.link_stats import LinkStats
@@ -52,14 +51,6 @@ MAX_UNDER_WAY = 16
 Replace = Callable[[int, TransportError], None]
 """Called with a shard that was lost and why. Blocks until the transport reaches its successor, or raises
 TransportError."""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What computes beside the shards of the node. slots: in this process; far: shards of other nodes."""
-
-    slots: RouterSlots | None = None
-    far: FarShards | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +98,9 @@ class IpcRouter:
     """Runs the routed experts of any MoE layer. Steps, dispatch and combine are for one thread.
 
     open_slots: called once vLLM loads its weights, so that its memory accounting sees slots in this process too; loads
-    those, if there are any, attaches the transport to all other shards of the node and returns what is to be used
-    beside it. replace: None makes the loss of a shard an error of every step from then on. share: this router's part of
-    every batch.
+    those, if there are any, attaches the transport to all shards of the node and returns what asks those of others,
+    None where there are none. replace: None makes the loss of a shard an error of every step from then on. share: this
+    router's part of every batch.
     """
 
     def __init__(
@@ -118,7 +109,7 @@ class IpcRouter:
         placement: Placement,
         transport: IpcTransport,
         device: IpcDevice,
-        open_slots: Callable[[], Beside],
+        open_slots: Callable[[], FarShards | None],
         replace: Replace | None = None,
         share: Share = WHOLE,
     ) -> None:
@@ -129,10 +120,9 @@ class IpcRouter:
         self.recoveries: list[Recovery] = []
         self._transport, self._device = transport, device
         self._open_slots, self._replace = open_slots, replace
-        self._beside = Beside()
+        self._far: FarShards | None = None
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self._call: _Call | None = None
-        self._local: torch.Tensor | None = None
         self._step = 0
         self._now: _UnderWay | None = None
         self._under_way: dict[int, _UnderWay] = {}
@@ -143,9 +133,8 @@ class IpcRouter:
         transport.begin_step(0, 0)
 
     def open_slots(self) -> None:
-        """Load the experts of this process and meet the shards."""
-        self._beside = self._open_slots()
-        far = self._beside.far
+        """Load the slots of this process, if there are any, and meet the shards."""
+        self._far = far = self._open_slots()
         self._transport.warm_up(torch.bfloat16 if far is None else torch.float32)
         if far is not None:
             far.router.recoveries = self.recoveries
@@ -157,8 +146,8 @@ class IpcRouter:
         self._device.drain()
         self.take_load()
         self._transport.set_placement(placement)
-        if self._beside.far is not None:
-            self._beside.far.set_placement(placement, assigner)
+        if self._far is not None:
+            self._far.set_placement(placement, assigner)
         self._device.drain()
         self.placement = placement
 
@@ -189,7 +178,7 @@ class IpcRouter:
             yield self._step
         finally:
             self._now = None
-            far = self._beside.far
+            far = self._far
             if far is not None and (failure := far.take_failure()) is not None:
                 with self._lock:
                     self._episodes.append(_Episode(self._step, self._step, failure, is_lasting=True))
@@ -239,7 +228,7 @@ class IpcRouter:
                 )
             )  # fmt: skip
             parts.append(self._sum())
-        self._call = self._local = None
+        self._call = None
         if missing := call.length - len(call.hidden):
             parts.append(call.hidden.new_zeros(missing, call.hidden.shape[1]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -247,22 +236,20 @@ class IpcRouter:
     def _begin(self, call: _Call) -> None:
         """As many of its rows as one message takes."""
         most = self._transport.message.max_tokens
-        self._call, self._local = call, None
+        self._call = call
         hidden, weights = call.hidden[:most], call.topk_weights[:most]
         self._transport.dispatch(call.layer_pos, hidden, call.topk_ids[:most], weights, call.first)
-        if self._beside.far is not None:
-            self._beside.far.dispatch(call.layer_pos, hidden, self._transport.slots, weights)
-        if self._beside.slots is not None:
-            self._local = self._beside.slots(call.layer_pos, hidden, self._transport.local_slots, weights)
+        if self._far is not None:
+            self._far.dispatch(call.layer_pos, hidden, self._transport.slots, weights)
 
     def _sum(self) -> torch.Tensor:
         """Of the rows that went out last."""
-        far, call = self._beside.far, self._call
+        far, call = self._far, self._call
         if far is None or call is None:
-            return self._transport.combine(self._local)
+            return self._transport.combine()
         most = self._transport.message.max_tokens
         elsewhere = far.combine(call.layer_pos, call.hidden[:most])
-        return (self._transport.combine(self._local, torch.float32) + elsewhere).bfloat16()
+        return (self._transport.combine(torch.float32) + elsewhere).bfloat16()
 
     def take_load(self) -> None:
         """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
@@ -271,7 +258,7 @@ class IpcRouter:
         carried = self._transport.take_carried()
         self._device.drain()
         pairs = shard_load(self.placement, carried.pairs.sum(0)).sum(0)
-        far = self._beside.far.shards if self._beside.far is not None else ()
+        far = self._far.shards if self._far is not None else ()
         for shard_idx, (link, num_pairs, rows, messages) in enumerate(
             zip(self._stats, pairs.round().tolist(), carried.rows.tolist(), carried.messages.tolist(), strict=True)
         ):
@@ -296,8 +283,8 @@ class IpcRouter:
 
     def close(self) -> None:
         self._transport.close()
-        if self._beside.far is not None:
-            self._beside.far.close()
+        if self._far is not None:
+            self._far.close()
 
     def _episode(self, step: int) -> _Episode | None:
         """In which this step failed."""

@@ -71,35 +71,29 @@ class Tables:
 class Plan:
     """Where the tokens of one call go. Allocated once for M tokens; a call of T rows uses the first T.
 
-    slots [M, K] int32: global slots, -1 for a row that is padding. local_slots [M, K] int32: those of local_shard in
-    its own numbering, -1 for all others. owners [M] int64: bit s for a row of shard s's message. sent [S, 2] int64:
-    rows and messages to each shard, added up until somebody sets them to zero. is_sent [S] int32: 0 for shards that get
-    no messages, local_shard and those that are reached in another way.
+    slots [M, K] int32: global slots, -1 for a row that is padding. owners [M] int64: bit s for a row of shard s's
+    message. sent [S, 2] int64: rows and messages to each shard, added up until somebody sets them to zero. is_sent [S]
+    int32: 0 for shards that get no messages, being reached in another way.
     """
 
     slots: torch.Tensor
-    local_slots: torch.Tensor
     owners: torch.Tensor
     sent: torch.Tensor
     is_sent: torch.Tensor
-    local_shard: int = -1
 
     @classmethod
     def allocate(
-        cls, max_tokens: int, top_k: int, num_shards: int, device: torch.device, local_shard: int = -1,
-        far_shards: Sequence[int] = (),
-    ) -> Plan:  # fmt: skip
+        cls, max_tokens: int, top_k: int, num_shards: int, device: torch.device, far_shards: Sequence[int] = ()
+    ) -> Plan:
         """far_shards: those that are reached in another way."""
-
-        def pairs() -> torch.Tensor:
-            return torch.full((max_tokens, top_k), -1, dtype=torch.int32, device=device)
 
         def sums(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        is_sent = [int(shard != local_shard and shard not in far_shards) for shard in range(num_shards)]
-        return cls(pairs(), pairs(), sums(max_tokens), sums(num_shards, 2),
-                   torch.tensor(is_sent, dtype=torch.int32, device=device), local_shard)  # fmt: skip
+        is_sent = [int(shard not in far_shards) for shard in range(num_shards)]
+        slots = torch.full((max_tokens, top_k), -1, dtype=torch.int32, device=device)
+        return cls(slots, sums(max_tokens), sums(num_shards, 2),
+                   torch.tensor(is_sent, dtype=torch.int32, device=device))  # fmt: skip
 
     @property
     def num_shards(self) -> int:
@@ -132,9 +126,9 @@ def dispatch_tokens(
     num_rows, top_k = topk_ids.shape
     num_layers, num_experts, replicas = tables.replicas.shape
     dispatch_kernel[(num_rows,)](
-        x, topk_ids, weights, tables.replicas, tables.num_replicas, plan.slots, plan.local_slots, plan.owners,
+        x, topk_ids, weights, tables.replicas, tables.num_replicas, plan.slots, plan.owners,
         plan.is_sent, load, inboxes, mailboxes, words, x.stride(0), num_rows, first_token, layer_pos, num_layers,
-        num_experts, tables.slots_per_shard, plan.local_shard, message.scales_offset, message.slot_ids_offset,
+        num_experts, tables.slots_per_shard, message.scales_offset, message.slot_ids_offset,
         message.weights_offset, message.flags_offset, message.header_offset, HIDDEN=message.hidden,
         COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), GROUP=TOKEN_BLOCK, TOP_K=top_k,
         PAD_K=triton.next_power_of_2(top_k), REPLICAS=replicas, SHARDS=plan.num_shards,
@@ -142,7 +136,8 @@ def dispatch_tokens(
         DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
         FP8_MAX=fp8_max(message.dtype) if message.quantized else 0.0, MIN_AMAX=MIN_AMAX, SEQ=layout.SEQ,
         SENT=layout.SENT, NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, FAILED=layout.FAILED,
-        GENERATION=layout.GENERATION, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT, num_warps=8,
+        GENERATION=layout.GENERATION, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT,
+        LAYER_AT=layout.LAYER_AT, num_warps=8,
     )  # fmt: skip
 
 
@@ -161,19 +156,15 @@ def wait_partials(
     )  # fmt: skip
 
 
-def combine_partials(
-    partials: torch.Tensor, plan: Plan, out: torch.Tensor, local_partial: torch.Tensor | None = None
-) -> None:
+def combine_partials(partials: torch.Tensor, plan: Plan, out: torch.Tensor) -> None:
     """out[t] = the sum over the shards of owners[t], in order, of partials[s, t], in float32, rounded once.
 
-    partials [S, M, H] bf16 or float32; local_partial [T, H] float32: what local_shard adds in its place; out [T, H]
-    bf16 or float32.
+    partials [S, M, H] bf16 or float32; out [T, H] bf16 or float32.
     """
     num_rows, hidden = out.shape
     combine_kernel[(num_rows, triton.cdiv(hidden, COMBINE_BLOCK))](
-        partials, plan.owners, local_partial, out, partials.stride(0), plan.local_shard,
-        0 if local_partial is None else local_partial.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK,
-        SHARDS=plan.num_shards, HAS_LOCAL=local_partial is not None, num_warps=4,
+        partials, plan.owners, out, partials.stride(0), HIDDEN=hidden, BLOCK=COMBINE_BLOCK, SHARDS=plan.num_shards,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -29,9 +29,9 @@ LINE = 128
 ALIGNMENT = 256
 
 SEQ, SENT, STEP, NUM_TOKENS, NUM_DECODE, FAILED, GENERATION = (slot * (LINE // 4) for slot in range(7))
-"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last answered message's number; SENT: that of the
-last one that was sent. STEP: the step's number, from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which are decode. FAILED: 1 after a wait was
-given up. GENERATION: of the placement that it routes by."""
+"""Places in a router's words [NUM_WORDS] int32 on its device. SEQ: the last answered message's number; SENT: of the
+last one that was sent. STEP: the step's number, from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which
+are decode. FAILED: 1 after a wait was given up. GENERATION: of the placement that it routes by."""
 
 JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED, WAITED, LOOKED = (slot * (LINE // 4) for slot in range(8))
 """Places in a shard's words [NUM_WORDS] int32 on its device. JOB: jobs that have ended. RETURNED: a count of programs.

@@ -64,7 +64,7 @@ def dispatch_tokens(
     num_layers, num_experts, _ = tables.replicas.shape
     num_tokens = _num_tokens(words, num_rows, first_token)
     num_decode = int(words[layout.NUM_DECODE]) - first_token
-    plan.slots[:num_rows] = plan.local_slots[:num_rows] = -1
+    plan.slots[:num_rows] = -1
     plan.owners[:num_rows] = 0
     ids = topk_ids[:num_tokens].long()
     token, choice = ((ids >= 0) & (ids < num_experts)).nonzero(as_tuple=True)
@@ -73,8 +73,6 @@ def dispatch_tokens(
     slot = tables.replicas[layer_pos, expert, rank % tables.num_replicas[layer_pos, expert]]
     plan.slots[token, choice] = slot
     shard = slot // tables.slots_per_shard
-    is_local = shard == plan.local_shard
-    plan.local_slots[token[is_local], choice[is_local]] = slot[is_local] - plan.local_shard * tables.slots_per_shard
     pair = ((token < num_decode).long() * num_layers + layer_pos) * num_experts + expert
     load += pair.bincount(minlength=load.numel()).view(load.shape)
     words[layout.SENT] = seq = _next(words)
@@ -151,15 +149,11 @@ def wait_partials(
     return True
 
 
-def combine_partials(
-    partials: torch.Tensor, plan: Plan, out: torch.Tensor, local_partial: torch.Tensor | None = None
-) -> None:
+def combine_partials(partials: torch.Tensor, plan: Plan, out: torch.Tensor) -> None:
     total = torch.zeros(out.shape, dtype=torch.float32)
     for shard in range(plan.num_shards):
         token = (plan.owners[: len(out)] >> shard & 1).nonzero().flatten()
         total[token] += partials[shard, token].float()
-        if local_partial is not None and shard == plan.local_shard:
-            total += local_partial
     out.copy_(total)
 
 

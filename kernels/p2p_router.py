@@ -19,12 +19,11 @@ def _next_number(seq):
     return following + ((following & 0x7FFFFFFF) == 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_token", "layer_pos", "num_layers", "num_experts", "slots_per_shard",
-                               "local_shard"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_rows", "first_token", "layer_pos", "num_layers", "num_experts", "slots_per_shard"])
 def dispatch_kernel(
-    x_ptr, topk_ids_ptr, weights_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, local_slots_ptr, owners_ptr,
+    x_ptr, topk_ids_ptr, weights_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, owners_ptr,
     is_sent_ptr, load_ptr, inboxes_ptr, mailboxes_ptr, words_ptr, x_stride, num_rows, first_token, layer_pos,
-    num_layers, num_experts, slots_per_shard, local_shard, scales_offset, slot_ids_offset, weights_offset,
+    num_layers, num_experts, slots_per_shard, scales_offset, slot_ids_offset, weights_offset,
     flags_offset, header_offset,
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, PAD_K: tl.constexpr,
     REPLICAS: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr, WINDOW: tl.constexpr, LOOK_BACK: tl.constexpr,
@@ -66,8 +65,6 @@ def dispatch_kernel(
     slot = tl.load(replicas_ptr + key * REPLICAS + replica, mask=is_pair, other=-1)
     tl.store(slots_ptr + token * TOP_K + choice, slot, mask=is_choice)
     owner = tl.where(slot >= 0, slot // slots_per_shard, -1)
-    local_slot = tl.where((owner >= 0) & (owner == local_shard), slot - local_shard * slots_per_shard, -1)
-    tl.store(local_slots_ptr + token * TOP_K + choice, local_slot, mask=is_choice)
     phase = tl.where(token < num_decode, num_layers * num_experts, 0)
     one = tl.full((PAD_K,), 1, tl.int64)
     tl.atomic_add(load_ptr + phase + key, one, mask=is_pair, sem="relaxed")
@@ -160,17 +157,14 @@ def _wait(
 
 @triton.jit
 def _combine(
-    token, column, owners, partials_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr, HAS_LOCAL: tl.constexpr,
+    token, column, owners, partials_ptr, out_ptr, shard_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    SHARDS: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((BLOCK,), tl.float32)
     for one in tl.static_range(SHARDS):
         source = partials_ptr + one * shard_stride + token * HIDDEN + column
         is_there = column < tl.where(((owners >> one) & 1) != 0, HIDDEN, 0)
         total += tl.load(source, mask=is_there, other=0.0, cache_modifier=".cv").to(tl.float32)
-        if HAS_LOCAL:
-            is_here = column < tl.where(local_shard == one, HIDDEN, 0)
-            total += tl.load(local_ptr + token * local_stride + column, mask=is_here, other=0.0)
     tl.store(out_ptr + token * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)
 
 
@@ -188,16 +182,14 @@ def wait_kernel(
           LATE)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["local_shard"])
+@triton.jit
 def combine_kernel(
-    partials_ptr, owners_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride, HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr, SHARDS: tl.constexpr, HAS_LOCAL: tl.constexpr,
-):  # fmt: skip
+    partials_ptr, owners_ptr, out_ptr, shard_stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SHARDS: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     owners = tl.load(owners_ptr + token)
-    _combine(token, column, owners, partials_ptr, local_ptr, out_ptr, shard_stride, local_shard, local_stride, HIDDEN,
-             BLOCK, SHARDS, HAS_LOCAL)  # fmt: skip
+    _combine(token, column, owners, partials_ptr, out_ptr, shard_stride, HIDDEN, BLOCK, SHARDS)
 
 
 @triton.jit(do_not_specialize=["host_address", "num_rows", "first_token", "flags_stride"])
@@ -209,7 +201,7 @@ def wait_and_combine_kernel(
     NUM_TOKENS: tl.constexpr, FAILED: tl.constexpr, ABORT: tl.constexpr, FAILED_STEP: tl.constexpr,
     WAITING_SEQ: tl.constexpr, DONE_SEQ: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """The first program waits for all rows, and says if it gives up; the others each for their row, or for that word."""
+    """The first program waits for all rows and says if it gives up; the others each for their row, or for that word."""
     row, part = tl.program_id(0), tl.program_id(1)
     if row == 0:
         if part == 0:
@@ -231,5 +223,4 @@ def wait_and_combine_kernel(
             if (missing != 0) & (polls % PATIENCE == 0):
                 missing = (tl.load(words_ptr + FAILED, volatile=True) == 0).to(tl.int32)
         tl.debug_barrier()
-        _combine(token, column, owners, partials_ptr, partials_ptr, out_ptr, shard_stride, -1, 0, HIDDEN, BLOCK,
-                 SHARDS, False)  # fmt: skip
+        _combine(token, column, owners, partials_ptr, out_ptr, shard_stride, HIDDEN, BLOCK, SHARDS)

@@ -42,15 +42,6 @@ class JobCompute(Protocol):
     def __call__(self, job: Job, capacity: int, out: torch.Tensor) -> None: ...
 
 
-class RouterSlots(Protocol):
-    """The slots in a router's own process: hidden [T, H], slot_ids int32 [T, K], -1 for none, weights float32 [T, K] ->
-    partials [T, H] float32, zero for a token without slots. On a GPU it only launches and may be captured."""
-
-    def __call__(
-        self, layer_pos: int, hidden: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor: ...
-
-
 class ExpertCompute(Protocol):
     """The slots of every MoE layer of a shard and the code that runs them. `run` is for one thread.
 
@@ -102,8 +93,4 @@ class ExpertCompute(Protocol):
     def for_jobs(self, job_tokens: int, num_shards: int) -> JobCompute:
         """The same slots for jobs of up to job_tokens rows, beside any other user of them. num_shards: that the experts
         are split over."""
-        ...
-
-    def for_router(self, max_tokens: int) -> RouterSlots:
-        """The same slots for a router in this process, beside any other user of them."""
         ...

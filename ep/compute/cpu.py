@@ -9,7 +9,7 @@ import torch
 
 from ep.checkpoint import SlotWeights
 from ep.compute.base import Work
-from ep.compute.host_experts import HostExperts, HostSlots
+from ep.compute.host_experts import HostExperts
 from ep.kernels import cpu_moe, cpu_ops
 from ep.kernels.reference import dequantize_tokens
 from ep.model import ModelSpec
@@ -74,9 +74,6 @@ class CpuCompute:
 
     def for_jobs(self, job_tokens: int, num_shards: int) -> HostExperts:
         return HostExperts(self)
-
-    def for_router(self, max_tokens: int) -> HostSlots:
-        return HostSlots(self)
 
 
 def _scales(weights: SlotWeights) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -14,7 +14,7 @@ import torch
 
 from ep.checkpoint import SlotWeights
 from ep.compute.base import Work
-from ep.compute.ipc_experts import IpcExperts, IpcSlots
+from ep.compute.ipc_experts import IpcExperts
 from ep.compute.passes import joined, pair_table, passes
 from ep.errors import ModelError
 from ep.kernels import fused_moe as op
@@ -131,9 +131,6 @@ class GpuCompute:
 
     def for_jobs(self, job_tokens: int, num_shards: int) -> IpcExperts:
         return IpcExperts(self._weights, self._device, self._top_k, job_tokens, num_shards)
-
-    def for_router(self, max_tokens: int) -> IpcSlots:
-        return IpcSlots(self._weights, self._device, self._top_k, max_tokens)
 
     def partials(
         self,

@@ -1,4 +1,4 @@
-"""Experts of host memory for callers whose pairs are tables: the ipc server's jobs, slots in a router's own process.
+"""Experts of host memory for callers whose pairs are tables, as the ipc server's jobs.
 
 Shape legend: T tokens, C rows of a job (capacity), K choices per token, H hidden.
 """
@@ -57,18 +57,3 @@ class HostExperts:
             scales = None if job.scales is None else job.scales[here]
             slot_ids, weights = job.slot_ids[here], job.weights[here]
             run_table(self._compute, layer_pos, job.rows[here], scales, slot_ids, weights, out[here])
-
-
-class HostSlots:
-    """The slots of a router's own process, where a CPU computes them."""
-
-    def __init__(self, compute: ExpertCompute) -> None:
-        self._compute = compute
-
-    def __call__(
-        self, layer_pos: int, hidden: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden [T, H], slot_ids int32 and weights float32 [T, K] -> the partials [T, H] float32."""
-        out = torch.empty(hidden.shape, dtype=torch.float32)
-        run_table(self._compute, layer_pos, hidden, None, slot_ids, weights, out)
-        return out

@@ -1,6 +1,6 @@
-"""Experts of a GPU's memory for callers there: the ipc server's jobs, slots in a router's own process.
+"""Experts of a GPU's memory for the ipc server's jobs.
 
-Shape legend: T tokens, C rows of a job (capacity), K choices per token, H hidden.
+Shape legend: C rows of a job (capacity), K choices per token, H hidden.
 """
 
 from __future__ import annotations
@@ -47,35 +47,6 @@ class IpcExperts:
             out=out,
             workspace=self._workspace,
             config=op.choose_config(self._weights.shape, max(round(capacity * self._pairs), 1), self._device),
-            device=self._device,
-        )
-
-
-class IpcSlots:
-    """The slots of a router's own process. Their work space is their own, as above."""
-
-    def __init__(self, weights: op.ExpertWeights, device: Device, top_k: int, max_tokens: int) -> None:
-        place = weights.gate_up.device
-        self._weights, self._device = weights, device
-        self._workspace = op.Workspace.allocate(weights, max_tokens, top_k)
-        self._numbers = torch.arange(max(max_tokens + 1, weights.shape.num_layers), dtype=torch.int32, device=place)
-        """Where the kernels read a layer or a number of tokens: nothing is written while a graph is captured."""
-
-    def __call__(
-        self, layer_pos: int, hidden: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden [T, H] bf16, slot_ids int32 and weights float32 [T, K] -> the partials [T, H] float32."""
-        num_tokens = len(hidden)
-        return op.fused_moe(
-            hidden,
-            self._weights,
-            slot_ids,
-            weights,
-            layer_idx=self._numbers[layer_pos : layer_pos + 1],
-            num_tokens=self._numbers[num_tokens : num_tokens + 1],
-            out=torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device),
-            workspace=self._workspace,
-            config=op.choose_config(self._weights.shape, slot_ids.numel(), self._device),
             device=self._device,
         )
 

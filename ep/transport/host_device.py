@@ -83,8 +83,11 @@ class HostDevice:
     def capture(self, work: Launch) -> Launch:
         return work
 
-    def synchronize(self) -> None:
+    def finish(self) -> None:
         """Everything is done when it is launched."""
+
+    def synchronize(self) -> None:
+        """Likewise."""
 
     def drain(self) -> None:
         """Likewise: whoever asks holds no lock that a launch needs."""

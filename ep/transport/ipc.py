@@ -35,8 +35,7 @@ from ep.transport.mailbox import MailboxBlock
 class IpcTransport:
     """For one thread. router_idx: this router's place in the block, its own as long as it lives.
 
-    local_shard: a shard whose slots the caller computes itself (`local_slots`) and hands to `combine`; nothing is sent
-    to it. deadline_s: how long a shard may take for one layer. is_lost: what else is known about shards than whether
+    deadline_s: how long a shard may take for one layer. is_lost: what else is known about shards than whether
     their processes run. Raises OptionError for what the kernels do not support.
     """
 
@@ -47,7 +46,6 @@ class IpcTransport:
         router_idx: int,
         message: MessageShape,
         placement: Placement,
-        local_shard: int | None = None,
         deadline_s: float = 30.0,
         is_lost: IsLost | None = None,
     ) -> None:
@@ -64,8 +62,8 @@ class IpcTransport:
         self.router_idx = router_idx
         self.num_shards = num_shards
         self.deadline_s = deadline_s
-        self.local_shard = local_shard
-        self._shares_gpu = local_shard is not None
+        self._shares_gpu = False
+        self._hosted_idx = 0
         self._device, self._block = device, block
         self._host = block.routers[router_idx]
         self._host[:] = 0
@@ -80,9 +78,7 @@ class IpcTransport:
         self._box = device.shared_zeros(message.return_bytes(num_shards))
         self._words = torch.zeros(layout.NUM_WORDS, dtype=torch.int32, device=place)
         self._load = torch.zeros(2, num_layers, placement.num_experts, dtype=torch.int64, device=place)
-        self._plan = p2p.Plan.allocate(
-            message.max_tokens, message.top_k, num_shards, place, -1 if local_shard is None else local_shard
-        )
+        self._plan = p2p.Plan.allocate(message.max_tokens, message.top_k, num_shards, place)
         size = (num_layers, placement.num_experts)
         replicas = torch.full((*size, num_shards), -1, dtype=torch.int32, device=place)
         num_replicas = torch.ones(size, dtype=torch.int32, device=place)
@@ -100,8 +96,7 @@ class IpcTransport:
     def buffer_bytes(self) -> int:
         """Of this GPU's memory, whatever the steps bring. The shards' inboxes are theirs."""
         tensors = (self._box, self._words, self._load, self._mailboxes, self._inboxes, self._tables.replicas,
-                   self._tables.num_replicas, self._plan.slots, self._plan.local_slots, self._plan.owners,
-                   self._plan.sent)  # fmt: skip
+                   self._tables.num_replicas, self._plan.slots, self._plan.owners, self._plan.sent)  # fmt: skip
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -111,7 +106,7 @@ class IpcTransport:
 
     def replace(self, shard_idx: int, handles: ShardHandles) -> None:
         """Between steps: from now on this shard is found there. Raises RuntimeError if its memory cannot be mapped."""
-        assert handles.shard_idx == shard_idx and shard_idx != self.local_shard
+        assert handles.shard_idx == shard_idx
         inbox = self._device.open(handles.inbox)
         self._inboxes[shard_idx] = inbox.data_ptr()
         self._device.synchronize()
@@ -119,9 +114,9 @@ class IpcTransport:
         self._shares_gpu |= handles.pid == os.getpid()
         self._watch.watch_process(shard_idx, handles.pid)
 
-    def host(self, launching_s: Callable[[], float]) -> None:
+    def host(self, shard_idx: int, launching_s: Callable[[], float]) -> None:
         """A shard in this process says for how long it has been at a launch: waits end where that waits for them."""
-        self._watch.launching_s = launching_s
+        self._hosted_idx, self._watch.launching_s = shard_idx, launching_s
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Before the first dispatch: these are reached in another way and get no messages."""
@@ -176,21 +171,20 @@ class IpcTransport:
         """int32 [T, K] of the last dispatch: shard * slots per shard + slot, -1 for padding."""
         return self._plan.slots[: self._rows]
 
-    @property
-    def local_slots(self) -> torch.Tensor:
-        """int32 [T, K] of the last dispatch: slots of local_shard, -1 for those of others and of padding."""
-        return self._plan.local_slots[: self._rows]
+    def combine(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The routed sum [T, H] (bf16 or float32) of the last dispatch; rows of padding are zero. What a failed step
+        brings is caught by `check`.
 
-    def combine(
-        self, local_partial: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
-    ) -> torch.Tensor:
-        """The routed sum [T, H] (bf16 or float32) of the last dispatch; rows of padding are zero. local_partial [T, H]
-        float32: of local_shard. Launches only; what a failed step brings is caught by `check`."""
+        Launches only, except where a shard of this process answers and no graph is captured: then it returns when it is
+        answered. What is launched behind a wait may have to be loaded first, for which the GPU must be idle; meanwhile
+        this process can launch nothing, and the shard's answer would never come.
+        """
         out = torch.empty(self._rows, self.message.hidden, dtype=dtype, device=self._device.torch_device)
         launch, waiting = self._device.launch, (self._flags, self._words, self._host_address)
         if self._shares_gpu:
             launch(p2p.wait_partials, self._plan, *waiting, self._rows, self._first)
-            launch(p2p.combine_partials, self._partials, self._plan, out, local_partial)
+            launch(p2p.combine_partials, self._partials, self._plan, out)
+            self._device.finish()
         else:
             launch(p2p.wait_and_combine, self._partials, self._plan, out, *waiting, self._first)
         return out
@@ -205,7 +199,7 @@ class IpcTransport:
             hidden = torch.zeros(num_rows, message.hidden, dtype=torch.bfloat16, device=place)
             ids = torch.full((num_rows, message.top_k), -1, dtype=torch.int32, device=place)
             self.dispatch(0, hidden, ids, torch.zeros(num_rows, message.top_k, device=place))
-            self.combine(None if self.local_shard is None else hidden.float(), dtype)
+            self.combine(dtype)
         self._device.synchronize()
 
     def check(self) -> None:
@@ -235,7 +229,7 @@ class IpcTransport:
         for error in self._lost.values():
             return error
         if self._watch.is_stuck:
-            return DeadlineError(0, STUCK_S)
+            return DeadlineError(self._hosted_idx, STUCK_S)
         return next(iter(self._late().values()), DeadlineError(0, self.deadline_s))
 
     def lost_shards(self) -> dict[int, TransportError]:

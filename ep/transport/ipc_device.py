@@ -66,6 +66,10 @@ class IpcDevice(Protocol):
         """work, which only launches, as something that queues all of it at once."""
         ...
 
+    def finish(self) -> None:
+        """Waits for everything that this thread queued, unless that is being captured."""
+        ...
+
     def synchronize(self) -> None:
         """Waits for everything that this thread queued."""
         ...
@@ -128,6 +132,10 @@ class GpuDevice:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+    def finish(self) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            self.synchronize()
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.torch_device).synchronize()

@@ -13,7 +13,7 @@ import torch
 
 from ep.checkpoint import SlotWeights
 from ep.ipc_options import IpcOptions
-from ep.ipc_router import Beside, IpcRouter
+from ep.ipc_router import IpcRouter
 from ep.ipc_setup import message_shape, open_device
 from ep.ipc_shard import IpcShard
 from ep.kernels import reference
@@ -51,16 +51,17 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
 
     options = IpcOptions(f"test-{time.time_ns()}", 1, rows, "f32")
     with ExitStack() as stack:
-        apart = IpcShard(shard(1), options, place)
-        stack.callback(apart.close)
+        shards = [IpcShard(shard(shard_idx), options, place, is_hosted=True) for shard_idx in range(2)]
+        for each in shards:
+            stack.callback(each.close)
         block = MailboxBlock.open(options.block, 1, 2)
         stack.callback(block.close)
         message, device = message_shape(spec, options, place), open_device(place)
-        transport = IpcTransport(device, block, 0, message, PLACEMENT, local_shard=0, deadline_s=5.0)
+        transport = IpcTransport(device, block, 0, message, PLACEMENT, deadline_s=5.0)
 
-        def open_slots() -> Beside:
-            transport.replace(1, apart.attach(transport.handles))
-            return Beside(shard(0).compute.for_router(message.max_tokens))
+        def open_slots() -> None:
+            for shard_idx, each in enumerate(shards):
+                transport.replace(shard_idx, each.attach(transport.handles))
 
         router = IpcRouter(spec, PLACEMENT, transport, device, open_slots)
         stack.callback(router.close)

@@ -18,7 +18,7 @@ from tests.unit.p2p_cases import World, copy, make_world, next_seq, run_router, 
 
 
 def assert_same(ours: World, twins: World, num_rows: int) -> None:
-    for name in ("slots", "local_slots", "sent"):
+    for name in ("slots", "sent"):
         assert torch.equal(getattr(ours.plan, name).cpu(), getattr(twins.plan, name)), name
     assert torch.equal(ours.plan.owners[:num_rows].cpu(), twins.plan.owners[:num_rows])
     for name in ("load", "inbox", "mailboxes", "box", "shard_hosts"):
@@ -29,22 +29,22 @@ def assert_same(ours: World, twins: World, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("partial_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("has_local", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(("num_shards", "num_rows", "top_k"), [(1, 1, 1), (2, 8, 8), (3, 100, 3), (8, 300, 8)])
 def test_small_round_trips_are_the_twins(
-    num_shards: int, num_rows: int, top_k: int, quantized: bool, has_local: bool, partial_dtype: torch.dtype
+    num_shards: int, num_rows: int, top_k: int, quantized: bool, at_once: bool, partial_dtype: torch.dtype
 ) -> None:
     dtype = current_device().fp8_dtype if quantized else torch.bfloat16
     if dtype is None:
         pytest.skip("no FP8 matrix units")
     world = make_world(
         num_shards, max_tokens=300, top_k=top_k, dtype=dtype, partial_dtype=partial_dtype,
-        local_shard=num_shards - 1 if has_local else -1, first_seq=2**31 - 2,
+        first_seq=2**31 - 2,
     )  # fmt: skip
     ours = copy(world, "cuda")
     for num in (num_rows, max(num_rows // 2, 1)):
-        x, local = torch.randn(num, world.message.hidden).bfloat16(), torch.randn(num, world.message.hidden)
+        x = torch.randn(num, world.message.hidden).bfloat16()
         ids = torch.randint(0, 8, (num, top_k), dtype=torch.int32)
         weights = torch.rand(num, top_k)
         outs = []
@@ -55,11 +55,11 @@ def test_small_round_trips_are_the_twins(
             run_shards(ops, each, next_seq(each))
             waiting = each.flags, each.words, each.host.data_ptr()
             outs.append(torch.full(x.shape, float("nan"), device=device).bfloat16())
-            if has_local:
-                ops.wait_partials(each.plan, *waiting, num)
-                ops.combine_partials(each.partials, each.plan, outs[-1], local.to(device))
-            else:
+            if at_once:
                 ops.wait_and_combine(each.partials, each.plan, outs[-1], *waiting)
+            else:
+                ops.wait_partials(each.plan, *waiting, num)
+                ops.combine_partials(each.partials, each.plan, outs[-1])
         torch.cuda.synchronize()
         assert_same(ours, world, num)
         assert torch.equal(outs[0].cpu(), outs[1])

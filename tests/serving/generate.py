@@ -18,7 +18,7 @@ import torch
 
 from ep.checkpoint import Checkpoint
 from ep.ipc_options import IpcOptions
-from ep.ipc_router import Beside, IpcRouter
+from ep.ipc_router import IpcRouter
 from ep.ipc_setup import message_shape, open_device
 from ep.ipc_shard import IpcShard
 from ep.placement import Placement, even_split
@@ -136,10 +136,9 @@ def _ipc_router(checkpoint: str, placement: Placement, stack: ExitStack) -> IpcR
     message = message_shape(read.spec, options, device)
     transport = IpcTransport(open_device(device), block, 0, message, placement)
 
-    def meet() -> Beside:
+    def meet() -> None:
         for shard_idx, shard in enumerate(shards):
             transport.replace(shard_idx, shard.attach(transport.handles))
-        return Beside()
 
     router = IpcRouter(read.spec, placement, transport, open_device(device), meet)
     router.open_slots()

@@ -24,7 +24,7 @@ from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 
 BLOCK, FIRST, GARBAGE = 16, 1000, 7
-"""Tokens of a block of the KV cache; the first token of every answer; what a step yields that builds upon a failed one."""
+"""Tokens of a block of the KV cache; the first token of answers; what a step yields that builds upon a failed one."""
 MAX_STEPS = 2000
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ep.far_shards import FarShards
 from ep.ipc_options import IpcOptions
-from ep.ipc_router import Beside, IpcRouter, Replace
+from ep.ipc_router import IpcRouter, Replace
 from ep.ipc_setup import MESSAGE_TOKENS, message_shape, open_device
 from ep.ipc_shard import IpcShard
 from ep.placement import even_split
@@ -106,29 +106,25 @@ class Node:
         self,
         rank: int = 0,
         share: Share = WHOLE,
-        hosted: int | None = None,
         far: int | None = None,
         deadline_s: float = 30.0,
         replace: bool = True,
     ) -> IpcRouter:
-        """hosted: a shard whose slots are in the router's own process as well; far: one that it asks over TCP."""
+        """far: a shard that it asks over TCP."""
         device, block = open_device(CPU), MailboxBlock.open(self.options.block, self.options.num_routers, NUM_SHARDS)
         message = message_shape(SPEC, self.options, CPU)
-        transport = IpcTransport(device, block, rank, message, PLACEMENT, hosted, deadline_s)
+        transport = IpcTransport(device, block, rank, message, PLACEMENT, deadline_s)
 
         def meet(shard_idx: int) -> None:
             transport.replace(shard_idx, self.shards[shard_idx].attach(transport.handles))
 
-        def open_slots() -> Beside:
-            for shard_idx in set(range(NUM_SHARDS)) - {hosted, far}:
+        def open_slots() -> FarShards | None:
+            for shard_idx in set(range(NUM_SHARDS)) - {far}:
                 meet(shard_idx)
-            slots, elsewhere = None, None
-            if hosted is not None:
-                slots = make_shard(SPEC, PLACEMENT, hosted, EXPERTS).compute.for_router(MESSAGE_TOKENS)
-            if far is not None:
-                transport.leave_out([far])
-                elsewhere = FarShards(self._sockets(deadline_s), [far], MESSAGE_TOKENS, CPU)
-            return Beside(slots, elsewhere)
+            if far is None:
+                return None
+            transport.leave_out([far])
+            return FarShards(self._sockets(deadline_s), [far], MESSAGE_TOKENS, CPU)
 
         def start_anew(shard_idx: int, _: Exception) -> None:
             self.shards[shard_idx] = self.make(self.options, shard_idx)

@@ -73,7 +73,7 @@ def make_tables(num_layers: int, num_experts: int, num_shards: int, num_slots: i
 
 def make_world(
     num_shards: int = 3, max_tokens: int = 8, top_k: int = 3, dtype: torch.dtype = torch.float8_e4m3fn,
-    partial_dtype: torch.dtype = torch.bfloat16, seed: int = 0, local_shard: int = -1, first_seq: int = 0,
+    partial_dtype: torch.dtype = torch.bfloat16, seed: int = 0, first_seq: int = 0,
     far_shards: tuple[int, ...] = (), num_experts: int = 8,
 ) -> World:  # fmt: skip
     message = MessageShape(max_tokens, HIDDEN, top_k, dtype, partial_dtype)
@@ -82,7 +82,7 @@ def make_world(
     world = World(
         message,
         make_tables(2, num_experts, num_shards, -(-num_experts // num_shards) + 2, seed),
-        Plan.allocate(max_tokens, top_k, num_shards, torch.device("cpu"), local_shard, far_shards),
+        Plan.allocate(max_tokens, top_k, num_shards, torch.device("cpu"), far_shards),
         torch.zeros(2, 2, num_experts, dtype=torch.int64),
         words,
         torch.zeros(layout.router_words(num_shards), dtype=torch.int32),

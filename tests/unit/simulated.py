@@ -82,6 +82,9 @@ class SimulatedDevice:
         while self.step():
             pass
 
+    def finish(self) -> None:
+        """Left to the test."""
+
     def synchronize(self) -> None:
         deadline = time.monotonic() + SYNCHRONIZE_S
         while not self.is_idle:

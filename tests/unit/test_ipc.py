@@ -163,27 +163,6 @@ def test_a_shard_without_tokens_has_nothing_to_answer(rig: Rig) -> None:
     assert [server.stats.messages for server in rig.servers] == [1, 0]
 
 
-def test_slots_of_this_process_are_the_callers(block: MailboxBlock) -> None:
-    rig = Rig(block)
-    device = SimulatedDevice()
-    router = IpcTransport(device, block, 1, message_shape(), PLACEMENT, local_shard=1)
-    router.replace(0, rig.servers[0].attach(router.handles))
-    tokens = Tokens.random(6)
-    router.dispatch(2, tokens.hidden, tokens.ids, tokens.weights)
-    device.run()
-    slots = router.local_slots
-    assert torch.equal(slots, torch.where(tokens.ids >= 4, tokens.ids - 4, -1))
-    local = factors(LAYERS, EXPERTS)[2][(slots.clamp(min=0) + 4).long()] * tokens.weights
-    partial = tokens.hidden.float() * torch.where(slots >= 0, local, 0).sum(1, keepdim=True)
-    got = router.combine(partial)
-    rig.devices.append(device)
-    rig.serve()
-    assert_close(got, tokens.expected(2))
-    assert rig.servers[1].stats.messages == 0
-    router.close()
-    rig.close()
-
-
 def test_messages_longer_than_a_job(block: MailboxBlock) -> None:
     rig = Rig(block, num_routers=3)
     tokens = [Tokens.random(16, seed) for seed in range(3)]
@@ -289,15 +268,15 @@ def test_a_launch_beside_the_router_that_waits_for_its_step_ends_it(block: Mailb
     rig.serve()
     router.check()
     assert seen == [5.0] and server.launching_s == 0.0  # 12 rows are more than a graph is captured for
-    router.host(lambda: 2.0)
+    router.host(1, lambda: 2.0)
     start = time.monotonic()
     tokens.send(router, 0)
     rig.devices[0].synchronize()
     assert time.monotonic() - start < 1.0
-    with pytest.raises(DeadlineError):
+    with pytest.raises(DeadlineError, match="shard 1: no answer within 1 s"):
         router.check()
     assert router.lost_shards() == {}  # nobody is to be replaced, and the step may be tried again
-    router.host(lambda: 0.0)
+    router.host(1, lambda: 0.0)
     router.reset()
     got = tokens.send(router, 1)
     rig.serve()

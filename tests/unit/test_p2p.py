@@ -23,7 +23,7 @@ INT32_MAX = 2**31 - 1
 
 def assert_same(ours: World, twins: World, num_rows: int) -> None:
     """Everything that a kernel writes; what lies beyond a message's rows was zero and must be."""
-    for name in ("slots", "local_slots", "sent"):
+    for name in ("slots", "sent"):
         assert torch.equal(getattr(ours.plan, name), getattr(twins.plan, name)), name
     assert torch.equal(ours.plan.owners[:num_rows], twins.plan.owners[:num_rows])
     for name in ("load", "inbox", "mailboxes", "box", "shard_hosts"):
@@ -50,16 +50,15 @@ routers = {
     num_decode=st.integers(0, 9),
     first=st.integers(0, 4),
     dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.bfloat16]),
-    local_shard=st.integers(-1, 4),
     far=st.sets(st.integers(0, 4), max_size=2),
     first_seq=st.sampled_from([0, 5, INT32_MAX, -1]),
 )
 def test_messages_are_the_twins(
     num_shards: int, top_k: int, num_rows: int, seed: int, num_tokens: int, num_decode: int, first: int,
-    dtype: torch.dtype, local_shard: int, far: set[int], first_seq: int,
+    dtype: torch.dtype, far: set[int], first_seq: int,
 ) -> None:  # fmt: skip
     world = make_world(
-        num_shards, top_k=top_k, dtype=dtype, seed=seed, local_shard=min(local_shard, num_shards - 1),
+        num_shards, top_k=top_k, dtype=dtype, seed=seed,
         first_seq=first_seq, far_shards=tuple(far),
     )  # fmt: skip
     world.words[p2p_layout.NUM_TOKENS], world.words[p2p_layout.NUM_DECODE] = num_tokens, num_decode
@@ -81,18 +80,15 @@ def test_messages_are_the_twins(
     parts=st.integers(1, 3),
     dtype=st.sampled_from([torch.float8_e4m3fn, torch.bfloat16]),
     partial_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-    has_local=st.booleans(),
     at_once=st.booleans(),
     first_seq=st.sampled_from([0, INT32_MAX]),
 )
 def test_round_trips_are_the_twins(
     num_shards: int, top_k: int, num_rows: int, seed: int, parts: int, dtype: torch.dtype, partial_dtype: torch.dtype,
-    has_local: bool, at_once: bool, first_seq: int,
+    at_once: bool, first_seq: int,
 ) -> None:  # fmt: skip
-    local_shard = num_shards - 1 if has_local else -1
     world = make_world(
-        num_shards, top_k=top_k, dtype=dtype, partial_dtype=partial_dtype, seed=seed, local_shard=local_shard,
-        first_seq=first_seq,
+        num_shards, top_k=top_k, dtype=dtype, partial_dtype=partial_dtype, seed=seed, first_seq=first_seq,
     )  # fmt: skip
     worlds, outs = (world, copy(world)), []
     generator = torch.Generator().manual_seed(seed)
@@ -100,25 +96,23 @@ def test_round_trips_are_the_twins(
         x = torch.randn(num, world.message.hidden, generator=generator).bfloat16()
         ids = torch.randint(0, 8, (num, top_k), generator=generator, dtype=torch.int32)
         weights = torch.rand(num, top_k, generator=generator)
-        local = torch.randn(num, world.message.hidden, generator=generator) if has_local else None
         outs = []
         for ops, each in zip(BOTH, worlds, strict=True):
             run_router(ops, each, x, ids, weights)
             run_shards(ops, each, next_seq(each), parts)
             out = torch.full_like(x, float("nan"))
             waiting = each.flags, each.words, each.host.data_ptr()
-            if at_once and not has_local:
+            if at_once:
                 ops.wait_and_combine(each.partials, each.plan, out, *waiting)
             else:
                 ops.wait_partials(each.plan, *waiting, num)
-                ops.combine_partials(each.partials, each.plan, out, local)
+                ops.combine_partials(each.partials, each.plan, out)
             assert not each.words[p2p_layout.FAILED]
             outs.append(out)
         assert_same(*worlds, num)
         assert torch.equal(*outs)
-        if not has_local:  # every token went to all of its experts, exactly once
-            expected = x.float() * weights.sum(1, keepdim=True)
-            torch.testing.assert_close(outs[0].float(), expected, rtol=0.1, atol=0.2)
+        expected = x.float() * weights.sum(1, keepdim=True)  # every token went to all of its experts, exactly once
+        torch.testing.assert_close(outs[0].float(), expected, rtol=0.1, atol=0.2)
 
 
 def dispatch(ops: ModuleType, world: World, ids: torch.Tensor) -> None:
