@@ -9,7 +9,6 @@ launched here, and the clock is the caller's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,13 +84,6 @@ class Demand:
         capacity = min(bucket(max(rows, 1)), self._limits.job_tokens)
         depth = self._limits.depth
         return capacity if in_flight < (depth if capacity <= self._limits.graph_tokens else min(depth, 2)) else 0
-
-
-def likely_rows(num_tokens: int, top_k: int, num_shards: int) -> int:
-    """Of a message, for one of the shards that the experts are split over: a quarter more than if the choices were
-    even. More than that take another job."""
-    share = 1 - (1 - 1 / num_shards) ** top_k
-    return min(math.ceil(1.25 * share * num_tokens) + 1, num_tokens)
 
 
 def bucket(num_rows: int) -> int:

@@ -27,7 +27,7 @@ import torch
 
 from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
-from ep.ipc_jobs import Demand, IpcLimits, bucket, likely_rows
+from ep.ipc_jobs import Demand, IpcLimits, bucket
 from ep.ipc_stats import IpcStats
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
@@ -83,6 +83,7 @@ class IpcServer:
         self._message, self._num_layers = message, num_layers
         self._compute, self._generations = compute, generations
         self._limits = limits or IpcLimits()
+        self._part = layout.likely_part(message.top_k, block.num_shards)
         self._on_failure, self._clock = on_failure, clock
         place, capacity = device.torch_device, self._limits.job_tokens
         self._job = Job.allocate(message, capacity, place)
@@ -317,7 +318,7 @@ class IpcServer:
         elif header.layer_pos >= self._num_layers or header.num_tokens > self._message.max_tokens:
             self._refuse(peer, header.seq, mailbox.OUT_OF_RANGE, header.layer_pos)
         else:
-            rows = likely_rows(header.num_tokens, self._message.top_k, self._block.num_shards)
+            rows = layout.likely_rows(header.num_tokens, self._part)
             self._demand.note(peer.router_idx, header.seq, rows, now)
 
     def _refuse(self, peer: _Peer, seq: int, code: int, value: int) -> None:
@@ -340,8 +341,8 @@ class IpcServer:
 
     def _run(self, capacity: int) -> None:
         launch, job, message, desk = self._device.launch, self._job, self._message, self._desk
-        limits = self._limits
-        launch(p2p.take, desk, message, self._num_layers, job, capacity, limits.patience, limits.window)
+        limits, sizes = self._limits, (capacity, self._limits.job_tokens, self._part)
+        launch(p2p.take, desk, message, self._num_layers, job, *sizes, limits.patience, limits.window)
         launch(p2p.collect, desk, message, job, capacity)
         self._compute(job, capacity, self._partials[:capacity])
         launch(p2p.return_partials, self._partials, job, self._boxes, self._flags, desk, capacity)

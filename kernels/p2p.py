@@ -249,9 +249,14 @@ class Desk:
 
 
 def take(
-    desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int, window: int
-) -> None:
+    desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, largest: int, likely: int,
+    patience: int, window: int,
+) -> None:  # fmt: skip
     """Makes a job of at most `capacity` rows: of the next message in turn, with what else waits for its layer.
+
+    A message is left to a larger job, and this one ends at once if there is no other, where it is likely to have more
+    than twice as many rows (`likely`: likely_part) and this is not the `largest`: the experts' weights would be read
+    for every piece of it. The host, which sees it too, launches one of that size.
 
     Looks at most `patience` times for one, only once after a job that found none or when the host says so; a job of no
     rows is the result then. A router whose last message was for the layer before is likely to ask for this one next:
@@ -262,14 +267,14 @@ def take(
     num_routers = len(desk.inboxes)
     take_kernel[(1,)](
         desk.inboxes, desk.served, desk.taken, desk.words, desk.host_address, job.source, job.numbers, job.job,
-        job.layer_idx, job.num_tokens, message.flags_offset, message.header_offset, capacity, message.max_tokens,
-        num_layers, patience, window, ROUTERS=num_routers, PAD_R=triton.next_power_of_2(num_routers),
-        SERVED=layout.MAX_SERVED, LOOK=LOOK, FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1],
-        FIRST_LAYER=FIRST_LAYER, JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED,
-        STOP=layout.STOP, JOB_LAYER=layout.JOB_LAYER, ENDED=layout.ENDED, NUMBERS=layout.NUMBERS,
-        ROW_BITS=layout.ROW_BITS, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT,
-        LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS, GENERATIONS=layout.NUM_GENERATIONS,
-        LAYERS=layout.MAX_LAYERS, num_warps=1,
+        job.layer_idx, job.num_tokens, message.flags_offset, message.header_offset, capacity, largest, likely,
+        message.max_tokens, num_layers, patience, window, ROUTERS=num_routers,
+        PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, LIKELY_UNIT=layout.LIKELY_UNIT,
+        FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1], FIRST_LAYER=FIRST_LAYER,
+        JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP,
+        JOB_LAYER=layout.JOB_LAYER, ENDED=layout.ENDED, NUMBERS=layout.NUMBERS, ROW_BITS=layout.ROW_BITS,
+        TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT,
+        MAX_TOKENS=layout.MAX_MESSAGE_TOKENS, GENERATIONS=layout.NUM_GENERATIONS, LAYERS=layout.MAX_LAYERS, num_warps=1,
     )  # fmt: skip
 
 

@@ -168,17 +168,23 @@ def wait_and_combine(
 
 
 def take(
-    desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, patience: int, window: int
-) -> bool:
+    desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, largest: int, likely: int,
+    patience: int, window: int,
+) -> bool:  # fmt: skip
     headers = list(_headers(desk, message))
-    waiting = [one for one in headers if _is_waiting(desk, message, num_layers, *one)]
+    asked = [one for one in headers if _is_waiting(desk, message, num_layers, *one)]
+    waiting = [
+        (router, header)
+        for router, header in asked
+        if capacity >= largest or layout.likely_rows(header.num_tokens, likely) <= 2 * capacity
+    ]
     host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
     words = desk.words
     waiting.sort(key=lambda one: (one[0] - int(words[layout.NEXT])) % len(desk.inboxes))
     lead = waiting[:1]
-    missing = _on_their_way(desk, lead[0][1], headers, waiting) if lead else []
+    missing = _on_their_way(desk, lead[0][1], headers, asked) if lead else []
     if not lead:
-        is_over = bool(words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
+        is_over = bool(asked or words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
     else:
         is_over = not missing or words[layout.WAITED] >= window * (1 if lead[0][1].layer_pos else FIRST_LAYER)
     if not is_over and not host[layout.STOP]:
@@ -198,8 +204,10 @@ def take(
     ended = job.job[layout.ENDED : layout.ENDED + len(desk.inboxes)].zero_()
     for router, header in waiting:
         job.job[layout.NUMBERS + router] = header.seq
-    found = bool(asking or gone_on)  # who has gone on has another message, which the next job finds
-    for router in missing if found else []:
+    met = bool(asking or gone_on)
+    # Who has gone on has another message, which the next job finds, as it does what is too large for this one.
+    found = met or bool(asked and not waiting)
+    for router in missing if met else []:
         desk.taken[router, 3] = -1
     total, parts, answered = 0, 0, 0
     for router, header in asking:
@@ -218,7 +226,7 @@ def take(
             desk.taken[router, 0] = header.seq
             desk.taken[router, 3] = (header.layer_pos + 1) % num_layers if header.num_tokens <= JOIN_ROWS else -1
         total, parts = total + len(mine), parts + bool(len(mine))
-    if found:
+    if lead:  # also past one whose rows did not come
         words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
     job.job[layout.JOB_LAYER] = lead[0][1].layer_pos if lead else 0
     job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], total
@@ -229,12 +237,12 @@ def take(
 
 
 def _on_their_way(
-    desk: Desk, lead: Header, headers: list[tuple[int, Header]], waiting: list[tuple[int, Header]]
+    desk: Desk, lead: Header, headers: list[tuple[int, Header]], asked: list[tuple[int, Header]]
 ) -> list[int]:
     """Routers that are likely to ask for the same layer next, where that is worth waiting for."""
     if lead.num_tokens > JOIN_ROWS:
         return []
-    here = {router for router, _ in headers} - {router for router, _ in waiting}
+    here = {router for router, _ in headers} - {router for router, _ in asked}
     return [router for router in sorted(here) if desk.taken[router, 3] == lead.layer_pos]
 
 

@@ -21,6 +21,13 @@ def _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_A
 
 
 @triton.jit
+def _fits(count, capacity, largest, likely, LIKELY_UNIT: tl.constexpr):
+    """Whether messages of so many tokens are not to be left to a larger job."""
+    rows = tl.minimum((count * likely + LIKELY_UNIT - 1) // LIKELY_UNIT + 1, count)
+    return (rows <= 2 * capacity) | (capacity >= largest)
+
+
+@triton.jit
 def _lead(is_waiting, layer, count, turn, PAD_R: tl.constexpr):
     """The router whose turn it is, as a mask, and its layer and tokens."""
     turn = tl.where(is_waiting, turn, PAD_R)
@@ -29,17 +36,20 @@ def _lead(is_waiting, layer, count, turn, PAD_R: tl.constexpr):
 
 
 @triton.jit
-def _missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS: tl.constexpr):
+def _missing(is_here, has_asked, expected, lead_layer, lead_count, JOIN_ROWS: tl.constexpr):
     """1 for every router that is worth waiting for: it is likely to ask for this layer next."""
     is_expected = is_here & (expected == lead_layer) & (lead_count <= JOIN_ROWS)
-    return tl.where(is_expected, 1 - is_waiting.to(tl.int32), 0)
+    return tl.where(is_expected, 1 - has_asked.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["host_address", "capacity", "max_tokens", "num_layers", "patience", "window"])
+@triton.jit(do_not_specialize=["host_address", "capacity", "largest", "likely", "max_tokens", "num_layers", "patience",
+                               "window"])  # fmt: skip
 def take_kernel(
     inboxes_ptr, served_ptr, taken_ptr, words_ptr, host_address, source_ptr, numbers_ptr, job_ptr, layer_idx_ptr,
-    num_tokens_ptr, flags_offset, header_offset, capacity, max_tokens, num_layers, patience, window,
-    ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr, FLAG_LOOKS: tl.constexpr,
+    num_tokens_ptr, flags_offset, header_offset, capacity, largest, likely, max_tokens, num_layers, patience,
+    window,
+    ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr,
+    LIKELY_UNIT: tl.constexpr, FLAG_LOOKS: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIRST_LAYER: tl.constexpr, JOIN_ROWS: tl.constexpr, NEXT: tl.constexpr,
     IDLE: tl.constexpr, COUNTED: tl.constexpr, STOP: tl.constexpr, JOB_LAYER: tl.constexpr, ENDED: tl.constexpr,
     NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr,
@@ -62,25 +72,28 @@ def take_kernel(
     joined, tokens = tl.load(counted + 2), tl.load(counted + 3)
     host = host_address.to(tl.pointer_type(tl.int32))
     limit = tl.where(tl.load(words_ptr + IDLE) != 0, 1, tl.maximum(patience, 1))
-    polls, waited, go_on = 0, 0, 1
+    polls, waited, go_on, too_large = 0, 0, 1, 0
     header = tl.load(place, mask=is_here, other=0, volatile=True)
     while go_on != 0:
-        is_waiting, _, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
-                                               GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
+        has_asked, _, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
+                                              GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
+        is_waiting = has_asked & _fits(count, capacity, largest, likely, LIKELY_UNIT)
         found = tl.max(is_waiting.to(tl.int32), 0)
+        too_large = tl.max(has_asked.to(tl.int32), 0) - found
         _, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
-        missing = tl.max(_missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS), 0)
+        missing = tl.max(_missing(is_here, has_asked, expected, lead_layer, lead_count, JOIN_ROWS), 0)
         most = window * tl.where(lead_layer == 0, FIRST_LAYER, 1)
         for_others = ((missing != 0) & (waited < most)).to(tl.int32)
-        go_on = tl.where(found != 0, for_others, (polls + 1 < limit).to(tl.int32))
+        go_on = tl.where(found != 0, for_others, ((polls + 1 < limit) & (too_large == 0)).to(tl.int32))
         waited += found
         polls += 1 - found
         if (go_on != 0) & ((polls + waited) % LOOK == 0):
             go_on = (tl.load(host + STOP, volatile=True) == 0).to(tl.int32)
         if go_on != 0:
             header = tl.load(place, mask=is_here, other=0, volatile=True)
-    is_waiting, seq, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
-                                             GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
+    has_asked, seq, count, layer = _waiting(header, is_here, done_seq, served, max_tokens, num_layers, TOKENS_AT,
+                                            GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
+    is_waiting = has_asked & _fits(count, capacity, largest, likely, LIKELY_UNIT)
     # The router whose turn it is, then all that ask for the same layer.
     is_lead, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
     lead = tl.sum(tl.where(is_lead, router, 0), 0)
@@ -132,8 +145,9 @@ def take_kernel(
                 parts += (mine > 0).to(tl.int32)
     # Between the flags that were seen and the rows that they are for.
     tl.atomic_add(place, tl.zeros((PAD_R,), tl.int64), mask=is_part != 0, sem="acq_rel", scope="sys")
-    # Whoever has gone on has another message, which the next job finds.
-    found = tl.maximum(tl.max(is_part, 0), tl.minimum(gone_on, 1))
+    # Whoever has gone on has another message, which the next job finds, as it does what is too large for this one.
+    met = tl.maximum(tl.max(is_part, 0), tl.minimum(gone_on, 1))
+    found = tl.maximum(met, too_large)
     tl.store(job_ptr + JOB_LAYER, lead_layer)
     tl.store(job_ptr + ENDED + router, is_last)
     tl.store(job_ptr + NUMBERS + router, seq)
@@ -143,10 +157,10 @@ def take_kernel(
     tl.store(taken + 1, seq, mask=is_part != 0)
     tl.store(taken + 2, skipped + rows, mask=is_part != 0)
     # Who was waited for in vain is not waited for again before its next message.
-    missing = _missing(is_here, is_waiting, expected, lead_layer, lead_count, JOIN_ROWS) * found
+    missing = _missing(is_here, has_asked, expected, lead_layer, lead_count, JOIN_ROWS) * met
     tl.store(taken + 3, tl.zeros((PAD_R,), tl.int32) - 1, mask=missing != 0)
     tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last != 0)
-    if found != 0:
+    if tl.max(is_lead.to(tl.int32), 0) != 0:  # also past one whose rows did not come
         tl.store(words_ptr + NEXT, (lead + 1) % ROUTERS)
     tl.store(words_ptr + IDLE, 1 - found)
     tl.store(counted, jobs + found)

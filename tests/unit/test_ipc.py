@@ -173,6 +173,34 @@ def test_messages_longer_than_a_job(block: MailboxBlock) -> None:
     rig.close()
 
 
+def test_small_jobs_that_wait_leave_a_large_message_to_one_of_its_size(
+    block: MailboxBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts' weights are not read again for every piece of it; another router's small one is answered before."""
+    sizes: list[int] = []
+    run = SimulatedExperts._run
+
+    def noted(self: SimulatedExperts, job: Job, capacity: int, out: torch.Tensor) -> None:
+        sizes.append(int(job.num_tokens))
+        run(self, job, capacity, out)
+
+    monkeypatch.setattr(SimulatedExperts, "_run", noted)
+    rig = Rig(block, num_routers=2, limits=AHEAD)
+    small, large = Tokens.random(1), Tokens.random(14, 1)
+    outs = [small.send(rig.routers[0], layer) for layer in range(2)]
+    rig.serve()
+    sizes.clear()
+    assert not any(device.is_idle for device in rig.shard_devices), "small jobs wait"
+    outs.append(large.send(rig.routers[1], 2))
+    outs.append(small.send(rig.routers[0], 2))
+    rig.serve()
+    for got, some, layer in zip(outs, (small, small, large, small), (0, 1, 2, 2), strict=True):
+        assert_close(got, some.expected(layer))
+    rows = [int((large.ids // (EXPERTS // 2) == shard_idx).any(1).sum()) for shard_idx in range(2)]
+    assert sorted(size for size in sizes if size > 1) == sorted(rows)
+    rig.close()
+
+
 def test_a_refused_generation_is_an_error_of_the_step_and_the_next_one_works(rig: Rig) -> None:
     router, tokens = rig.routers[0], Tokens.random(6)
     router.set_placement(Placement(7, EXPERTS, PLACEMENT.slots))

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep.ipc_jobs import Demand, IpcLimits, bucket, likely_rows
+from ep.ipc_jobs import Demand, IpcLimits, bucket
+from ep.kernels.p2p_layout import likely_part, likely_rows
 
 
 @given(num_tokens=st.integers(1, 5000), top_k=st.integers(1, 8), num_shards=st.integers(1, 64))
@@ -14,7 +15,7 @@ def test_rows_of_a_message_are_as_many_as_even_choices_make(num_tokens: int, top
     generator = np.random.default_rng(num_tokens)
     chosen = generator.integers(0, num_shards, (num_tokens, top_k))
     rows = (chosen == 0).any(1).sum()
-    likely = likely_rows(num_tokens, top_k, num_shards)
+    likely = likely_rows(num_tokens, likely_part(top_k, num_shards))
     assert 1 <= likely <= num_tokens
     assert rows <= likely + 4 * num_tokens**0.5
     assert num_shards > 1 or likely == num_tokens

@@ -219,21 +219,22 @@ SMALL = MessageShape(12, 128, 1, torch.bfloat16)
 
 
 @on_cpu
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     num_routers=st.integers(1, 11),
     messages=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 13), st.integers(0, 3), st.sampled_from([7, 9, 8]),
                                 st.integers(0, 2**13 - 1) | st.just(0)), max_size=12),
-    capacity=st.integers(1, 16), patience=st.integers(0, 3), window=st.integers(0, 2), first=st.integers(0, 10),
-    stop=st.booleans(), expected=st.lists(st.integers(-1, 2), min_size=11, max_size=11),
-    cut_off=st.sets(st.integers(0, 10), max_size=2),
+    capacity=st.integers(1, 12), larger=st.integers(0, 4), likely=st.integers(0, 320), patience=st.integers(0, 3),
+    window=st.integers(0, 2), first=st.integers(0, 10), stop=st.booleans(),
+    expected=st.lists(st.integers(-1, 2), min_size=11, max_size=11), cut_off=st.sets(st.integers(0, 10), max_size=2),
 )  # fmt: skip
 def test_jobs_take_what_waits_as_the_twins_do(
-    num_routers: int, messages: list[tuple[int, int, int, int, int]], capacity: int, patience: int, window: int,
-    first: int, stop: bool, expected: list[int], cut_off: set[int],
+    num_routers: int, messages: list[tuple[int, int, int, int, int]], capacity: int, larger: int, likely: int,
+    patience: int, window: int, first: int, stop: bool, expected: list[int], cut_off: set[int],
 ) -> None:  # fmt: skip
-    """Layer 3 is one too many, 13 tokens are, 8 is no generation that is served; jobs until there is nothing left.
-    Routers that are cut off have not written all of their message, and do not go on."""
+    """Layer 3 is one too many, 13 tokens are, 8 is no generation that is served; jobs until there is nothing left,
+    larger ones after those that leave messages to them. Routers that are cut off have not written all of their message,
+    and do not go on."""
     queues = [Queue.make(num_routers) for _ in range(2)]
     wanted: dict[int, list[int]] = {}
     for seq, (router, tokens, layer, generation, rows) in enumerate(messages, start=1):
@@ -252,16 +253,20 @@ def test_jobs_take_what_waits_as_the_twins_do(
         queue.desk.taken[:, 3] = torch.tensor(expected[:num_routers])
     ours, twins = queues
     with patch.object(p2p, "FLAG_LOOKS", 3), patch.object(p2p_reference, "FLAG_LOOKS", 3):
-        while not ours.desk.words[p2p_layout.IDLE]:
+        size, in_vain = capacity, 0
+        while in_vain <= num_routers:  # in turn, whoever is cut off
             for ops, queue in zip(BOTH, queues, strict=True):
-                while ops.take(queue.desk, SMALL, 3, queue.job, capacity, patience, window) is False:
+                sizes = size, capacity + larger, likely
+                while ops.take(queue.desk, SMALL, 3, queue.job, *sizes, patience, window) is False:
                     pass
             for name in ("taken", "words"):
                 assert torch.equal(getattr(ours.desk, name), getattr(twins.desk, name)), name
             for name in ("layer_idx", "num_tokens"):
                 assert torch.equal(getattr(ours.job, name), getattr(twins.job, name)), name
             total = int(ours.job.num_tokens)
-            assert total <= capacity
+            assert total <= size
+            size = capacity if total else capacity + larger
+            in_vain = in_vain + 1 if ours.desk.words[p2p_layout.IDLE] else 0
             for name in ("source", "numbers"):
                 assert torch.equal(getattr(ours.job, name)[:total], getattr(twins.job, name)[:total]), name
             ended, numbers = (
@@ -283,7 +288,7 @@ def test_who_goes_on_meanwhile_is_found_by_the_next_job() -> None:
     queue = Queue.make(1)
 
     def take() -> int:
-        p2p.take(queue.desk, SMALL, 3, queue.job, 16, 1, 0)
+        p2p.take(queue.desk, SMALL, 3, queue.job, 16, 16, 0, 1, 0)
         return int(queue.job.num_tokens)
 
     assert take() == 0 and queue.desk.words[p2p_layout.IDLE]
