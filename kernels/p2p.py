@@ -126,14 +126,14 @@ def dispatch_tokens(
     num_rows, top_k = topk_ids.shape
     num_layers, num_experts, replicas = tables.replicas.shape
     dispatch_kernel[(num_rows,)](
-        x, topk_ids, weights, tables.replicas, tables.num_replicas, plan.slots, plan.owners,
-        plan.is_sent, load, inboxes, mailboxes, words, x.stride(0), num_rows, first_token, layer_pos, num_layers,
-        num_experts, tables.slots_per_shard, message.scales_offset, message.slot_ids_offset,
-        message.weights_offset, message.flags_offset, message.header_offset, HIDDEN=message.hidden,
-        COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), GROUP=TOKEN_BLOCK, TOP_K=top_k,
-        PAD_K=triton.next_power_of_2(top_k), REPLICAS=replicas, SHARDS=plan.num_shards,
-        PAD_S=triton.next_power_of_2(plan.num_shards), WINDOW=WINDOW, LOOK_BACK=LOOK_BACK,
-        DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
+        x, topk_ids, weights, tables.replicas, tables.num_replicas, plan.slots, plan.owners, plan.is_sent, load,
+        inboxes, mailboxes, words, x.stride(0), num_rows, first_token, layer_pos, num_layers, num_experts,
+        tables.slots_per_shard, message.scales_offset, message.slot_ids_offset, message.weights_offset,
+        message.flags_offset, message.header_offset, HIDDEN=message.hidden,
+        COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK),
+        GROUP=TOKEN_BLOCK, TOP_K=top_k, PAD_K=triton.next_power_of_2(top_k), REPLICAS=replicas,
+        PAD_R=triton.next_power_of_2(replicas), SHARDS=plan.num_shards, PAD_S=triton.next_power_of_2(plan.num_shards),
+        WINDOW=WINDOW, LOOK_BACK=LOOK_BACK, DTYPE=TRITON_DTYPES[message.dtype], QUANTIZE=message.quantized,
         FP8_MAX=fp8_max(message.dtype) if message.quantized else 0.0, MIN_AMAX=MIN_AMAX, SEQ=layout.SEQ,
         SENT=layout.SENT, NUM_TOKENS=layout.NUM_TOKENS, NUM_DECODE=layout.NUM_DECODE, FAILED=layout.FAILED,
         GENERATION=layout.GENERATION, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT,
@@ -286,7 +286,7 @@ def collect(desk: Desk, message: MessageShape, job: Job, capacity: int) -> None:
         PAD_H=triton.next_power_of_2(message.hidden), GROUP=TOKEN_BLOCK,
         COLUMNS=triton.next_power_of_2(message.hidden // TOKEN_BLOCK), TOP_K=message.top_k,
         PAD_K=triton.next_power_of_2(message.top_k), QUANTIZED=message.quantized, ROW_BITS=layout.ROW_BITS,
-        num_warps=8,
+        ROUTERS=len(desk.inboxes), PAD_R=triton.next_power_of_2(len(desk.inboxes)), num_warps=8,
     )  # fmt: skip
 
 

@@ -21,12 +21,11 @@ def _next_number(seq):
 
 @triton.jit(do_not_specialize=["num_rows", "first_token", "layer_pos", "num_layers", "num_experts", "slots_per_shard"])
 def dispatch_kernel(
-    x_ptr, topk_ids_ptr, weights_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, owners_ptr,
-    is_sent_ptr, load_ptr, inboxes_ptr, mailboxes_ptr, words_ptr, x_stride, num_rows, first_token, layer_pos,
-    num_layers, num_experts, slots_per_shard, scales_offset, slot_ids_offset, weights_offset,
-    flags_offset, header_offset,
-    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, PAD_K: tl.constexpr,
-    REPLICAS: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr, WINDOW: tl.constexpr, LOOK_BACK: tl.constexpr,
+    x_ptr, topk_ids_ptr, weights_ptr, replicas_ptr, num_replicas_ptr, slots_ptr, owners_ptr, is_sent_ptr, load_ptr,
+    inboxes_ptr, mailboxes_ptr, words_ptr, x_stride, num_rows, first_token, layer_pos, num_layers, num_experts,
+    slots_per_shard, scales_offset, slot_ids_offset, weights_offset, flags_offset, header_offset, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, PAD_K: tl.constexpr, REPLICAS: tl.constexpr,
+    PAD_R: tl.constexpr, SHARDS: tl.constexpr, PAD_S: tl.constexpr, WINDOW: tl.constexpr, LOOK_BACK: tl.constexpr,
     DTYPE: tl.constexpr, QUANTIZE: tl.constexpr, FP8_MAX: tl.constexpr, MIN_AMAX: tl.constexpr, SEQ: tl.constexpr,
     SENT: tl.constexpr, NUM_TOKENS: tl.constexpr, NUM_DECODE: tl.constexpr, FAILED: tl.constexpr,
     GENERATION: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr,
@@ -51,6 +50,9 @@ def dispatch_kernel(
     is_pair = is_choice & (expert >= 0) & (expert < num_experts)
     key = layer_pos * num_experts + expert
     num_replicas = tl.load(num_replicas_ptr + key, mask=is_pair, other=1)
+    place = tl.arange(0, PAD_R)
+    slots = tl.load(replicas_ptr + key[:, None] * REPLICAS + place[None, :],
+                    mask=is_pair[:, None] & (place < REPLICAS)[None, :], other=-1)  # fmt: skip
     # Its rank among its expert's pairs of this window of tokens; windows begin with another replica.
     window = token // WINDOW
     rank = tl.full((PAD_K,), 0, tl.int32) + window
@@ -61,8 +63,8 @@ def dispatch_kernel(
             other = tl.load(topk_ids_ptr + at, mask=at < (token + 1) * TOP_K, other=-2)
             is_same = (other[None, :] == expert[:, None]) & (at[None, :] < mine[:, None])
             rank += tl.sum(is_same.to(tl.int32), 1)
-    replica = rank % num_replicas
-    slot = tl.load(replicas_ptr + key * REPLICAS + replica, mask=is_pair, other=-1)
+    is_chosen = place[None, :] == (rank % num_replicas)[:, None]
+    slot = tl.where(is_pair, tl.sum(tl.where(is_chosen, slots, 0), 1), -1)
     tl.store(slots_ptr + token * TOP_K + choice, slot, mask=is_choice)
     owner = tl.where(slot >= 0, slot // slots_per_shard, -1)
     phase = tl.where(token < num_decode, num_layers * num_experts, 0)
@@ -74,13 +76,12 @@ def dispatch_kernel(
         tl.store(words_ptr + SENT, seq)
     if (failed != 0) | (token >= num_tokens):
         return
+    header = (seq.to(tl.int64) & 0xFFFFFFFF) | (generation.to(tl.int64) << GENERATION_AT)
+    header |= (layer_pos.to(tl.int64) << LAYER_AT) | (num_tokens.to(tl.int64) << TOKENS_AT)
     if token == 0:
-        header = (seq.to(tl.int64) & 0xFFFFFFFF) | (generation.to(tl.int64) << GENERATION_AT)
-        header |= (layer_pos.to(tl.int64) << LAYER_AT) | (num_tokens.to(tl.int64) << TOKENS_AT)
         headers = tl.zeros((PAD_S,), tl.int64) + header
-        place = (inbox + header_offset).to(tl.pointer_type(tl.int64))
-        tl.atomic_xchg(place, headers, mask=is_sent != 0, sem="relaxed", scope="sys")
-        tl.atomic_xchg(mailbox, headers, mask=is_sent != 0, sem="relaxed", scope="sys")
+        ahead = (inbox + header_offset).to(tl.pointer_type(tl.int64))
+        tl.atomic_xchg(ahead, headers, mask=is_sent != 0, sem="relaxed", scope="sys")
     if tl.max(here, 0) != 0:
         row = token.to(tl.int64)
         if QUANTIZE:
@@ -104,6 +105,8 @@ def dispatch_kernel(
     tl.debug_barrier()
     flag = (inbox + flags_offset).to(tl.pointer_type(tl.int32)) + token
     tl.atomic_xchg(flag, (seq << 1) | here, mask=is_sent != 0, sem="release", scope="sys")
+    if token == 0:  # last: a release waits for what was written before it, and host memory is far
+        tl.atomic_xchg(mailbox, tl.zeros((PAD_S,), tl.int64) + header, mask=is_sent != 0, sem="relaxed", scope="sys")
 
 
 @triton.jit

@@ -144,7 +144,7 @@ def take_kernel(
                 total += mine
                 parts += (mine > 0).to(tl.int32)
     # Between the flags that were seen and the rows that they are for.
-    tl.atomic_add(place, tl.zeros((PAD_R,), tl.int64), mask=is_part != 0, sem="acq_rel", scope="sys")
+    tl.atomic_add(place, tl.zeros((PAD_R,), tl.int64), mask=is_part != 0, sem="acquire", scope="sys")
     # Whoever has gone on has another message, which the next job finds, as it does what is too large for this one.
     met = tl.maximum(tl.max(is_part, 0), tl.minimum(gone_on, 1))
     found = tl.maximum(met, too_large)
@@ -174,14 +174,15 @@ def collect_kernel(
     source_ptr, num_tokens_ptr, inboxes_ptr, rows_ptr, scales_ptr, slot_ids_ptr, weights_ptr, scales_offset,
     slot_ids_offset, weights_offset,
     HIDDEN: tl.constexpr, PAD_H: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
-    PAD_K: tl.constexpr, QUANTIZED: tl.constexpr, ROW_BITS: tl.constexpr,
+    PAD_K: tl.constexpr, QUANTIZED: tl.constexpr, ROW_BITS: tl.constexpr, ROUTERS: tl.constexpr, PAD_R: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of the capacity."""
-    row = tl.program_id(0)
+    """One program per row of the capacity. All routers' addresses are asked for while it learns which one it needs."""
+    row, router = tl.program_id(0), tl.arange(0, PAD_R)
     num_tokens, source = tl.load(num_tokens_ptr), tl.load(source_ptr + row)
+    inboxes = tl.load(inboxes_ptr + router, mask=router < ROUTERS, other=0)
     if row >= num_tokens:
         return
-    base = tl.load(inboxes_ptr + (source >> ROW_BITS))
+    base = tl.sum(tl.where(router == source >> ROW_BITS, inboxes, 0), 0)
     ours, theirs = row.to(tl.int64), (source & ((1 << ROW_BITS) - 1)).to(tl.int64)
     column = tl.arange(0, PAD_H)
     place = tl.multiple_of(base.to(tl.pointer_type(rows_ptr.dtype.element_ty)), 16) + theirs * HIDDEN
@@ -211,22 +212,24 @@ def return_kernel(
     ANSWERED: tl.constexpr, ENDED: tl.constexpr, NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr,
 ):  # fmt: skip
     """One program per row of the capacity, which it publishes; the last one says in host memory what is done."""
-    row = tl.program_id(0)
+    row, router = tl.program_id(0), tl.arange(0, PAD_R)
     num_tokens, source = tl.load(num_tokens_ptr), tl.load(source_ptr + row)
     number = tl.load(numbers_ptr + row)
+    boxes = tl.load(boxes_ptr + router, mask=router < ROUTERS, other=0)
+    flags = tl.load(flags_ptr + router, mask=router < ROUTERS, other=0)
     column = tl.arange(0, PAD_H)
     values = tl.load(partials_ptr + row.to(tl.int64) * HIDDEN + column, mask=column < HIDDEN)
     if row < num_tokens:
-        router, theirs = source >> ROW_BITS, source & ((1 << ROW_BITS) - 1)
-        flag = (tl.load(flags_ptr + router)).to(tl.pointer_type(tl.int32)) + theirs
-        box = tl.load(boxes_ptr + router).to(tl.pointer_type(partials_ptr.dtype.element_ty))
+        is_ours, theirs = router == source >> ROW_BITS, source & ((1 << ROW_BITS) - 1)
+        flag = tl.sum(tl.where(is_ours, flags, 0), 0).to(tl.pointer_type(tl.int32)) + theirs
+        box = tl.sum(tl.where(is_ours, boxes, 0), 0).to(tl.pointer_type(partials_ptr.dtype.element_ty))
         box = tl.multiple_of(box, 16)
         tl.store(box + theirs.to(tl.int64) * HIDDEN + column, values, mask=column < HIDDEN)
         tl.debug_barrier()
         tl.atomic_xchg(flag, number, sem="release", scope="sys")
     if tl.atomic_add(words_ptr + RETURNED, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(words_ptr + RETURNED, 0)
-        router, count = tl.arange(0, PAD_R), tl.arange(0, NUM_COUNTS)
+        count = tl.arange(0, NUM_COUNTS)
         is_ended = tl.load(job_ptr + ENDED + router, mask=router < ROUTERS, other=0) != 0
         newest = tl.load(job_ptr + NUMBERS + router, mask=router < ROUTERS, other=0)
         host = host_address.to(tl.pointer_type(tl.int32))
