@@ -36,10 +36,6 @@ _END_TRACE_S = 2.0
 HOSTED_SWITCH_S = 5e-5
 """How long the router's thread may keep the interpreter from that of a shard in its process, for which others wait."""
 
-MODULE_LOADING = "CUDA_MODULE_LOADING", "EAGER"
-"""With a shard in the process: libraries load their kernels at the start. By default one is loaded when it first runs,
-for which the GPU may have to be idle: not while a step waits for the shard, which cannot launch anything meanwhile."""
-
 FAILED = "failed: "
 """How the phase of a router starts that could not."""
 
@@ -86,7 +82,6 @@ class RouterActor:
         restore_priority()
         if setup.hosted is not None:
             sys.setswitchinterval(HOSTED_SWITCH_S)
-            os.environ.setdefault(*MODULE_LOADING)
         self._setup = setup
         self._data_plane: DataPlane | None = None
         self._hosted = ShardActor(setup.hosted, own_process=False) if setup.hosted is not None else None

@@ -11,6 +11,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from ep.cluster.step_queue import StepQueue
 from ep.engine.failed_step import FailedStep
+from ep.engine.first_runs import run_sampling
 from ep.engine.ops import bound_router
 from ep.errors import TransportError
 
@@ -27,6 +28,7 @@ class RouterWorker(WorkerProc):
         self._steps = steps
         super().__init__(input_shm_handle=None, vllm_config=vllm_config, **options)
         execute_model, sample_tokens = self.worker.execute_model, self.worker.sample_tokens
+        warm_up = self.worker.compile_or_warm_up_model
         router = bound_router()
         self._unsampled = False
         self._step = 0
@@ -59,7 +61,13 @@ class RouterWorker(WorkerProc):
                 return _AsyncOutput(output, router, self._step)
             return _or_failure(output, router, self._step)
 
+        def warm_up_all() -> Any:
+            result = warm_up()
+            run_sampling(self.worker.model_runner)
+            return result
+
         self.worker.execute_model, self.worker.sample_tokens = execute_or_fail, sample
+        self.worker.compile_or_warm_up_model = warm_up_all
 
     def _puts_decode_first(self) -> bool:
         """Whether this model's attention has requests with one token before all others in a batch."""

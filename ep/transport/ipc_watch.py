@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 WATCH_S = 0.05
 """How often it looks."""
 
-STUCK_S = 1.0
-"""A launch that takes longer waits for the device to be idle."""
+STUCK_S = 0.2
+"""A launch that takes longer waits for the device to be idle. One that only was slow costs a step."""
 
 IsLost = Callable[[int], str | None]
 """Called with a shard that is awaited: why it will not answer, None if it may."""
@@ -48,6 +48,7 @@ class WaitWatch:
         self.is_lost = is_lost
         self.launching_s: Callable[[], float] = lambda: 0.0
         self.is_stuck = False
+        self._unstuck = float("-inf")
         self._router_idx, self._host, self._num_shards, self._deadline_s = router_idx, host, num_shards, deadline_s
         self._abort = abort
         self._sentinels: dict[int, ProcessSentinel] = {}
@@ -100,7 +101,10 @@ class WaitWatch:
             if reason is not None:
                 log.warning("router %d: shard %d is lost: %s", self._router_idx, shard_idx, reason)
                 self._abort(shard_idx, reason)
-        if self.launching_s() > STUCK_S:
+        launching_s = self.launching_s()
+        # Once for each launch: one that goes on when the device is idle waits for something else.
+        if launching_s > STUCK_S and time.monotonic() - launching_s > self._unstuck:
+            self._unstuck = time.monotonic()
             log.warning("router %d: a launch beside it waits for its step, which is tried again", self._router_idx)
             self.is_stuck = True
             self._host[layout.ABORT] = 1
