@@ -221,8 +221,8 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         cpu = server.is_cpu()
         door = (options.host, options.port, options.api_key)
         args = server.parse_flags(vllm_flags(target, *door, options.routers, options.vllm_flags, cpu))
-        if on_gpu and launch.needs_host:
-            server.split_at_experts(args)
+        if on_gpu and (launch.needs_host or launch.options.num_hosted):
+            server.split_at_experts(args, whole_steps=not launch.needs_host)
         check_supported(args, options.routers, ranks)
         launch.link.export()
         file = metrics_file(instance) if (args.api_server_count or 1) > 1 else None

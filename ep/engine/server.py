@@ -41,20 +41,25 @@ def parse_flags(flags: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def split_at_experts(args: argparse.Namespace) -> None:
-    """Leave dispatch and combine out of captured graphs, for a transport that needs the host in every layer.
+def split_at_experts(args: argparse.Namespace, whole_steps: bool) -> None:
+    """Leave dispatch and combine out of the graphs of parts of a step, for the host has a part in every layer, or what
+    is no graph would be launched behind a wait (IpcTransport.combine). whole_steps: graphs of whole steps have them.
 
-    Raises OptionError for a graph mode that captures whole steps.
+    Raises OptionError for a graph mode that captures whole steps where they may not.
     """
     config = args.compilation_config
     mode = config.cudagraph_mode
-    if mode is not None and getattr(mode, "name", str(mode)) not in ("NONE", "PIECEWISE"):
+    name = getattr(mode, "name", str(mode))
+    if whole_steps:
+        if mode is not None and "PIECEWISE" not in name:
+            return
+    elif mode is not None and name not in ("NONE", "PIECEWISE"):
         raise OptionError(f"cudagraph_mode {mode}: --transport socket needs PIECEWISE or NONE, whole steps need ipc")
     if config.splitting_ops is None:
         caches = ["vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]  # as vLLM adds them itself
         config.splitting_ops = [*config._attention_ops, *caches]
     config.splitting_ops += SPLITTING_OPS
-    if mode is None:
+    if mode is None and not whole_steps:
         config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
