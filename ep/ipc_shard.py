@@ -36,7 +36,7 @@ class IpcShard:
             shard.shard_idx,
             message_shape(shard.spec, options, device),
             placement.num_moe_layers,
-            shard.compute.for_jobs(bounds.job_tokens, placement.num_shards),
+            shard.compute.for_jobs(bounds.job_tokens, placement.num_shards, is_hosted),
             lambda: shard.served,
             bounds,
             on_failure,

@@ -90,7 +90,7 @@ class ExpertCompute(Protocol):
         """Fills `out` of every work before it returns; the works share passes over the weights."""
         ...
 
-    def for_jobs(self, job_tokens: int, num_shards: int) -> JobCompute:
+    def for_jobs(self, job_tokens: int, num_shards: int, is_hosted: bool = False) -> JobCompute:
         """The same slots for jobs of up to job_tokens rows, beside any other user of them. num_shards: that the experts
-        are split over."""
+        are split over. is_hosted: a router of this process waits on the same device meanwhile."""
         ...

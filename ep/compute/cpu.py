@@ -72,7 +72,7 @@ class CpuCompute:
         with _ops:
             cpu_moe.moe(experts, jobs)
 
-    def for_jobs(self, job_tokens: int, num_shards: int) -> HostExperts:
+    def for_jobs(self, job_tokens: int, num_shards: int, is_hosted: bool = False) -> HostExperts:
         return HostExperts(self)
 
 

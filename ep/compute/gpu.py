@@ -129,8 +129,8 @@ class GpuCompute:
         for group in passes(works, self._max_tokens):
             self._pass(layer_pos, group)
 
-    def for_jobs(self, job_tokens: int, num_shards: int) -> IpcExperts:
-        return IpcExperts(self._weights, self._device, self._top_k, job_tokens, num_shards)
+    def for_jobs(self, job_tokens: int, num_shards: int, is_hosted: bool = False) -> IpcExperts:
+        return IpcExperts(self._weights, self._device, self._top_k, job_tokens, num_shards, is_hosted)
 
     def partials(
         self,

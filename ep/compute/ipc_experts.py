@@ -5,7 +5,7 @@ Shape legend: C rows of a job (capacity), K choices per token, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -14,17 +14,30 @@ from ep.kernels.devices import Device
 from ep.kernels.p2p import Job
 from ep.kernels.reference import Quantized
 
+WAITS = 1
+"""Programs of a router that wait at a time (kernels/p2p.py `wait_partials`)."""
+
 
 class IpcExperts:
     """A JobCompute of a shard's slots. Its work space is its own: it may run beside other users of the weights.
 
     job_tokens: the largest job. num_shards: that the experts are split over, by which the tile for a job is chosen.
+    is_hosted: a router of this process waits on the same device, on a multiprocessor of which jobs then keep clear: a
+    program of a grouped GEMM takes a whole one, has its share of the tiles from the start, and would do it when all
+    others have ended.
     """
 
     def __init__(
-        self, weights: op.ExpertWeights, device: Device, top_k: int, job_tokens: int, num_shards: int
+        self,
+        weights: op.ExpertWeights,
+        device: Device,
+        top_k: int,
+        job_tokens: int,
+        num_shards: int,
+        is_hosted: bool = False,
     ) -> None:
-        self._weights, self._device = weights, device
+        self._weights = weights
+        self._device = replace(device, units=device.units - WAITS) if is_hosted else device
         self._pairs = pairs_per_row(top_k, num_shards)
         self._workspace = op.Workspace.allocate(weights, job_tokens, top_k)
 
