@@ -174,11 +174,10 @@ def _permute_kernel(
     end = tl.load(num_tokens_ptr) * TOP_K
     if ASSIGNMENTS > 0:
         if assignment == num_assignments:
-            slots = tl.arange(0, SLOTS)
-            count = tl.zeros((SLOTS,), tl.int32)
-            for first in range(0, ASSIGNMENTS, STEP):
-                slot = _load_slots(slot_ids_ptr, first + tl.arange(0, STEP), end, num_slots)
-                count += tl.sum((slot[:, None] == slots[None, :]).to(tl.int32), 0)
+            slot = _load_slots(slot_ids_ptr, tl.arange(0, ASSIGNMENTS), end, num_slots)
+            # Those without a slot are counted behind all that there are.
+            counts = tl.reshape(tl.histogram(tl.where(slot >= 0, slot, SLOTS), 2 * SLOTS), (2, SLOTS))
+            count = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, counts, 0), 0)
             _write_block_table(count, blocks_ptr, num_blocks_ptr, max_blocks, block_m, SLOTS, STEP)
             return
     if assignment >= end:
