@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     AnyRouter = Router | GroupRouter | GraphRouter | IpcRouter
 
 SPLITTING_OPS = ("ep::dispatch", "ep::combine_into")
-"""Those that need the host, where captured graphs end."""
+"""Where captured graphs of parts of a step end, if the host has a part in a layer."""
 
 _library: torch.library.Library | None = None
 _router: AnyRouter | None = None
@@ -56,7 +56,8 @@ def register_ops() -> None:
         return
     library = torch.library.Library("ep", "DEF")
     sent = "Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_pos"
-    library.define(f"dispatch({sent}) -> Tensor")
+    # It changes nothing. A compiler that may put what reads hidden before it does so, and with it the shared expert.
+    library.define(f"dispatch({sent.replace('Tensor hidden', 'Tensor(a!) hidden')}) -> Tensor")
     library.define(f"combine(Tensor ticket, Tensor after, {sent}) -> Tensor")
     library.define(f"combine_into(Tensor ticket, Tensor after, {sent}, Tensor(a!) out) -> ()")
     for key in ("CPU", "CUDA"):
