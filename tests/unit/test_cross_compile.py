@@ -1,5 +1,5 @@
-"""Every kernel of the data plane between GPUs compiles for GPUs that are not here: gfx942 and, as a check of the check,
-sm_90. Rows travel in pieces of 8 or 16 bytes, nothing spills, the LDS suffices."""
+"""Every kernel beside the grouped GEMMs compiles for GPUs that are not here: gfx942 and, as a check of it, sm_90.
+Nothing spills, the LDS suffices; between GPUs rows travel in pieces of 8 or 16 bytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ KERNELS = {
     "dispatch_kernel", "wait_kernel", "combine_kernel", "wait_and_combine_kernel", "take_kernel", "collect_kernel",
     "return_kernel",
 }  # fmt: skip
+OPS = {
+    "_route_kernel", "_quantize_tokens_kernel", "_count_kernel", "_place_kernel", "_permute_kernel",
+    "sum_choices_kernel",
+}  # fmt: skip
 MOVERS = KERNELS - {"wait_kernel", "take_kernel"}
 PUBLISHES = {"dispatch_kernel": 1, "return_kernel": 2, "wait_kernel": 3, "wait_and_combine_kernel": 3}
 """Releases at system scope: a row's flag, and what hosts are told."""
@@ -23,27 +27,42 @@ WIDE = {"gfx942": ("dwordx4", "dwordx2"), "sm_90": ("v4.b32",)}
 
 
 @pytest.fixture(scope="module", params=WIDE)
-def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
-    program = Path(__file__).with_name("compile_p2p.py")
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(arch: str) -> list[dict[str, Any]]:
+    return compile_all("compile_p2p.py", arch)
+
+
+def compile_all(name: str, arch: str) -> list[dict[str, Any]]:
+    program = Path(__file__).with_name(name)
     root = program.parents[2]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), request.param],
+        [sys.executable, "-W", "ignore", str(program), arch],
         capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout)
+    return json.loads(done.stdout)
 
 
-def test_all_of_them_compile(compiled: tuple[str, list[dict[str, Any]]]) -> None:
-    assert {kernel["kernel"] for kernel in compiled[1]} == KERNELS
+def test_all_of_the_data_plane_compiles(compiled: list[dict[str, Any]]) -> None:
+    assert {kernel["kernel"] for kernel in compiled} == KERNELS
 
 
-def test_resources(compiled: tuple[str, list[dict[str, Any]]]) -> None:
-    arch, kernels = compiled
-    for kernel in kernels:
+def test_resources(arch: str, compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
         assert kernel["lds"] <= 65_536
         assert kernel.get("spills", 0) == 0, kernel
         if kernel["kernel"] in MOVERS:
             assert any(one.startswith(WIDE[arch]) for one in kernel["stores"]), kernel
             assert any(one.startswith((*WIDE[arch], "cv.v4")) for one in kernel["loads"]), kernel
         assert kernel["publishes"] >= PUBLISHES.get(kernel["kernel"], 0), kernel
+
+
+def test_gating_quantisation_and_sorting_compile(arch: str) -> None:
+    compiled = compile_all("compile_ops.py", arch)
+    assert {kernel["kernel"] for kernel in compiled} == OPS
+    for kernel in compiled:
+        assert kernel["lds"] <= 65_536 and kernel.get("spills", 0) == 0, kernel
