@@ -239,7 +239,9 @@ class IpcServer:
 
     def _rest(self) -> None:
         if self._limits.nap_s:
-            time.sleep(self._limits.nap_s)
+            # Each look may take the interpreter from a router: there is time while jobs wait on the device.
+            waiting = (self._launched - self._host_words[layout.DONE]) & _MASK
+            time.sleep(self._limits.nap_s * (1 + 2 * waiting))
         else:
             os.sched_yield()
 
