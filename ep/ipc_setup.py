@@ -28,7 +28,7 @@ WINDOW = 512
 attention takes from one layer to the next, so that routers that decode fall into step, shorter than to read the experts
 again."""
 HOSTED_NAP_S = 5e-5
-"""A shard in a router's process leaves the interpreter to the router; meanwhile the jobs that wait on the GPU serve, and
+"""A shard in a router's process leaves the interpreter to the router; meanwhile jobs that wait on the GPU serve, and
 each of them lets it rest longer (IpcServer)."""
 
 
