@@ -30,8 +30,7 @@ progress() {
 }
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check --no-input "$@"; }
-# Without compiling: that takes as long as all the rest of it, and most of what is installed is never imported.
-install() { pip install --no-compile "$@" 2>&1 | progress; }
+install() { pip install "$@" 2>&1 | progress; }
 fails() { die "$1; pip's own words are in $LOG: $(grep '^ERROR' "$LOG" | tail -n 1)"; }
 
 command -v "$PYTHON" > /dev/null || die "no '$PYTHON' here; name one with PYTHON=..."

@@ -25,7 +25,7 @@ from ep.planning.request import PlanRequest
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal, state_dir
 from ep.trace_path import check_trace, trace_path
-from ep.vllm_flags import check_supported, tensor_parallel_size, vllm_flags
+from ep.vllm_flags import check_free, check_supported, tensor_parallel_size, vllm_flags
 
 if TYPE_CHECKING:
     from ep.cluster.launch import Launch
@@ -92,6 +92,7 @@ def serve(options: ServeOptions) -> None:
     terminal = Terminal(options.verbose)
     signal.signal(signal.SIGTERM, _interrupt)
     _check_port(options.host, options.port)
+    check_free(options.vllm_flags)
     num_routers = options.routers * tensor_parallel_size(options.vllm_flags)
     check_trace(options.trace, num_routers)
     target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)

@@ -42,17 +42,21 @@ def tensor_parallel_size(from_user: Sequence[str]) -> int:
     return size
 
 
-def vllm_flags(
-    target: Target, host: str, port: int, api_key: str | None, routers: int, from_user: Sequence[str], cpu: bool
-) -> list[str]:
-    """routers: engines behind the one server. cpu: whether the installed vLLM computes on the CPU. Raises OptionError
-    for a flag that is not the user's."""
+def check_free(from_user: Sequence[str]) -> None:
+    """Raises OptionError for a flag that is not the user's, before anything is imported or started."""
     for flag in from_user:
         name = flag.partition("=")[0].replace("_", "-")
         if name in _OURS:
             raise OptionError(f"vLLM flags after `--`: {flag} is set by ep serve itself")
         if name.startswith(_DATA_PARALLEL):
             raise OptionError(f"vLLM flags after `--`: {flag} is set by ep serve itself: give --routers N before `--`")
+
+
+def vllm_flags(
+    target: Target, host: str, port: int, api_key: str | None, routers: int, from_user: Sequence[str], cpu: bool
+) -> list[str]:
+    """routers: engines behind the one server. cpu: whether the installed vLLM computes on the CPU. from_user: what
+    check_free lets pass."""
     overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[target.spec.family][0]]}
     if cpu:
         overrides["quantization_config"] = None  # the loader dequantises: vLLM has no block-FP8 linear layer on CPU

@@ -147,6 +147,7 @@ def test_killed_shard_under_load(server: Served) -> None:
     assert gap["shard_idx"] == 1 and gap["seconds"] > 0
 
 
+@pytest.mark.long
 def test_shard_that_cannot_come_back(tmp_path: Path) -> None:
     """Its requests end with an error that names it, the server lives, and serves again once the cause is mended."""
     checkpoint = tmp_path / "checkpoint"

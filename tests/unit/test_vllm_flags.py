@@ -12,7 +12,7 @@ from ep.engine.failed_step import FailedStep, output_of_all
 from ep.errors import OptionError
 from ep.presets import load_preset
 from ep.target import Target
-from ep.vllm_flags import check_supported, tensor_parallel_size, vllm_flags
+from ep.vllm_flags import check_free, check_supported, tensor_parallel_size, vllm_flags
 
 AS_PARSED = {
     "pipeline_parallel_size": 1,
@@ -58,7 +58,13 @@ def test_routers_are_vllm_s_data_parallel_engines() -> None:
 @pytest.mark.parametrize("flag", ["--data-parallel-size", "-dp=2", "--data_parallel_rank", "--data-parallel-backend"])
 def test_data_parallelism_is_asked_for_by_routers(flag: str) -> None:
     with pytest.raises(OptionError, match=f"{flag} .* --routers N"):
-        flags_of(flag, "2")
+        check_free((flag, "2"))
+
+
+@pytest.mark.parametrize("flag", ["--model", "--load-format=dummy", "--hf_overrides"])
+def test_what_ep_sets_is_not_the_users(flag: str) -> None:
+    with pytest.raises(OptionError, match=f"{flag} is set by ep serve itself"):
+        check_free(("--max-model-len", "512", flag, "2"))
 
 
 @pytest.mark.parametrize(
