@@ -66,7 +66,7 @@ def permute_tokens(
     max_blocks = max_row_blocks(num_assignments, num_slots, block_m)
     if num_chunks:
         _count_kernel[(num_chunks,)](
-            slot_ids, num_tokens, counts, top_k, num_slots, CHUNK=COUNT_CHUNK, STEP=step, SLOTS=pad_slots,
+            slot_ids, num_tokens, counts, top_k, num_slots, CHUNK=COUNT_CHUNK, SLOTS=pad_slots,
         )  # fmt: skip
         _place_kernel[(num_chunks,)](
             slot_ids, num_tokens, counts, position, row_assignment, blocks, num_blocks, top_k, num_slots, max_blocks,
@@ -87,6 +87,13 @@ def _load_slots(slot_ids_ptr, offsets, end, num_slots):
     """Slot of each assignment; -1 where there is none."""
     slot = tl.load(slot_ids_ptr + offsets, mask=offsets < end, other=-1)
     return tl.where((slot >= 0) & (slot < num_slots), slot, -1)
+
+
+@triton.jit
+def _count_slots(slot, SLOTS: tl.constexpr):
+    """Assignments to each slot [SLOTS]; those without one are counted behind all that there are."""
+    counts = tl.reshape(tl.histogram(tl.where(slot >= 0, slot, SLOTS), 2 * SLOTS), (2, SLOTS))
+    return tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, counts, 0), 0)
 
 
 @triton.jit
@@ -116,15 +123,13 @@ def _write_block_table(count, blocks_ptr, num_blocks_ptr, max_blocks, block_m, S
 
 @triton.jit(do_not_specialize=["top_k", "num_slots"])
 def _count_kernel(slot_ids_ptr, num_tokens_ptr, counts_ptr, top_k, num_slots,
-                  CHUNK: tl.constexpr, STEP: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+                  CHUNK: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
     """counts[chunk, e]: assignments to slot e in this chunk."""
     chunk = tl.program_id(0)
     end = tl.load(num_tokens_ptr) * top_k
     slots = tl.arange(0, SLOTS)
-    count = tl.zeros((SLOTS,), tl.int32)
-    for first in range(0, CHUNK, STEP):
-        slot = _load_slots(slot_ids_ptr, chunk * CHUNK + first + tl.arange(0, STEP), end, num_slots)
-        count += tl.sum((slot[:, None] == slots[None, :]).to(tl.int32), 0)
+    slot = _load_slots(slot_ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), end, num_slots)
+    count = _count_slots(slot, SLOTS)
     tl.store(counts_ptr + chunk * num_slots + slots, count, mask=slots < num_slots)
 
 
@@ -174,10 +179,7 @@ def _permute_kernel(
     end = tl.load(num_tokens_ptr) * TOP_K
     if ASSIGNMENTS > 0:
         if assignment == num_assignments:
-            slot = _load_slots(slot_ids_ptr, tl.arange(0, ASSIGNMENTS), end, num_slots)
-            # Those without a slot are counted behind all that there are.
-            counts = tl.reshape(tl.histogram(tl.where(slot >= 0, slot, SLOTS), 2 * SLOTS), (2, SLOTS))
-            count = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, counts, 0), 0)
+            count = _count_slots(_load_slots(slot_ids_ptr, tl.arange(0, ASSIGNMENTS), end, num_slots), SLOTS)
             _write_block_table(count, blocks_ptr, num_blocks_ptr, max_blocks, block_m, SLOTS, STEP)
             return
     if assignment >= end:
