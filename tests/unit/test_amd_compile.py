@@ -3,28 +3,18 @@ that fits."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.unit.programs import printed_by
 
 LDS_LIMIT = 65_536
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    program = Path(__file__).with_name("compile_amd.py")
-    root = program.parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program)],
-        capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed_by("compile_amd.py")
 
 
 def test_both_devices_have_all_their_files(report: dict[str, Any]) -> None:

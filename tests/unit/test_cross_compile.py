@@ -3,14 +3,11 @@ Nothing spills, the LDS suffices; between GPUs rows travel in pieces of 8 or 16 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.unit.programs import printed_by
 
 KERNELS = {
     "dispatch_kernel", "wait_kernel", "combine_kernel", "wait_and_combine_kernel", "take_kernel", "collect_kernel",
@@ -33,18 +30,7 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(arch: str) -> list[dict[str, Any]]:
-    return compile_all("compile_p2p.py", arch)
-
-
-def compile_all(name: str, arch: str) -> list[dict[str, Any]]:
-    program = Path(__file__).with_name(name)
-    root = program.parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), arch],
-        capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed_by("compile_p2p.py", arch)
 
 
 def test_all_of_the_data_plane_compiles(compiled: list[dict[str, Any]]) -> None:
@@ -62,7 +48,7 @@ def test_resources(arch: str, compiled: list[dict[str, Any]]) -> None:
 
 
 def test_gating_quantisation_and_sorting_compile(arch: str) -> None:
-    compiled = compile_all("compile_ops.py", arch)
+    compiled = printed_by("compile_ops.py", arch)
     assert {kernel["kernel"] for kernel in compiled} == OPS
     for kernel in compiled:
         assert kernel["lds"] <= 65_536 and kernel.get("spills", 0) == 0, kernel
