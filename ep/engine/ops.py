@@ -55,11 +55,12 @@ def register_ops() -> None:
     if _library is not None:
         return
     library = torch.library.Library("ep", "DEF")
-    sent = "Tensor hidden, Tensor topk_ids, Tensor topk_weights, int layer_pos"
+    choice = "Tensor topk_ids, Tensor topk_weights, int layer_pos"
+    sent = f"Tensor ticket, Tensor after, Tensor hidden, {choice}"
     # It changes nothing. A compiler that may put what reads hidden before it does so, and with it the shared expert.
-    library.define(f"dispatch({sent.replace('Tensor hidden', 'Tensor(a!) hidden')}) -> Tensor")
-    library.define(f"combine(Tensor ticket, Tensor after, {sent}) -> Tensor")
-    library.define(f"combine_into(Tensor ticket, Tensor after, {sent}, Tensor(a!) out) -> ()")
+    library.define(f"dispatch(Tensor(a!) hidden, {choice}) -> Tensor")
+    library.define(f"combine({sent}) -> Tensor")
+    library.define(f"combine_into({sent}, Tensor(a!) out) -> ()")
     for key in ("CPU", "CUDA"):
         library.impl("dispatch", _dispatch, key)
         library.impl("combine", _combine, key)
