@@ -285,6 +285,7 @@ class IpcServer:
             self._boxes[router_idx] = box.data_ptr() + first + shard_idx * message.partial_bytes
             self._flags[router_idx] = box.data_ptr() + 4 * shard_idx * message.max_tokens
             self._host_words[layout.ANSWERED + router_idx] = newest
+        self._block.refuse(router_idx, shard_idx, 0, 0, 0)  # what was refused to whom, or by whom, is over
         self._peers[router_idx] = _Peer(router_idx, inbox, box, place, self._block.words[place])
         self._demand.join(router_idx)
         return ShardHandles(shard_idx, os.getpid(), self._device.share(inbox))
@@ -324,10 +325,9 @@ class IpcServer:
             self._demand.note(peer.router_idx, header.seq, rows, now)
 
     def _refuse(self, peer: _Peer, seq: int, code: int, value: int) -> None:
-        """The router's wait ends, and its `check` says why."""
+        """If the router waits for this message, its wait ends and its `check` says why."""
         self._refused += 1
-        self._block.refusals[peer.router_idx, self._shard_idx] = (seq, code, value)
-        self._block.routers[peer.router_idx, layout.ABORT] = 1
+        self._block.refuse(peer.router_idx, self._shard_idx, seq, code, value)
 
     def _launch_job(self, capacity: int) -> None:
         start, self._launch_began = time.perf_counter_ns(), self._clock()

@@ -217,7 +217,7 @@ class _Rig:
     def measure_polls(self) -> list[PollLatency]:
         """The first shard's thread, asked by this host with messages that it refuses at once: no GPU is involved."""
         found = []
-        block, router = self._block, self._router
+        block = self._block
         seq = 1 << 30
         for idle_ms in (0.1, 10.0):
             times = []
@@ -232,7 +232,6 @@ class _Rig:
                 times.append((time.perf_counter() - start) * 1e6)
             p50, p99 = (round(float(np.percentile(times, q)), 2) for q in (50, 99))
             found.append(PollLatency(self._arrangement.name, self._arrangement.num_shards, idle_ms, p50, p99))
-        router.reset()
         return found
 
 

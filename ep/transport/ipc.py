@@ -6,7 +6,8 @@
 
 Buffers are made once, for max_tokens; shards come and go by `replace`, placements by `set_placement`, both between
 steps and in place, so that captured graphs stay valid. A wait on the device ends by the shard's flag or by the abort
-word, which a watchdog thread sets when a shard is lost or late; `check` turns that into an error after the step.
+word, which a watchdog thread sets when a shard is lost or late or refuses; `check` turns that into an error after the
+step.
 
 Shape legend: T tokens of a call (padding included), H hidden, K top-k, S shards, L MoE layers, E logical experts.
 """
@@ -86,11 +87,12 @@ class IpcTransport:
         self._opened: list[Mapped | None] = [None] * num_shards
         self._is_closed = False
         self._lost: dict[int, TransportError] = {}
+        self._refused: dict[int, TransportError] = {}
         self._rows = self._first = 0
         self.begin_step(message.max_tokens, 0)
         self.set_placement(placement)
         device.synchronize()
-        self._watch = WaitWatch(router_idx, self._host, num_shards, deadline_s, is_lost, self.abort)
+        self._watch = WaitWatch(router_idx, self._host, num_shards, deadline_s, is_lost, self.abort, self._is_refused)
 
     @property
     def buffer_bytes(self) -> int:
@@ -221,12 +223,7 @@ class IpcTransport:
 
     def failure(self) -> TransportError:
         """Why waits are being given up."""
-        for shard_idx, (_, code, value) in enumerate(self._block.refusals[self.router_idx].tolist()):
-            if code == mailbox.BROKEN:
-                return _broken(shard_idx)
-            if code:
-                return ShardFailedError(shard_idx, _refusal(code, value))
-        for error in self._lost.values():
+        for error in (*self._refused.values(), *self._lost.values()):
             return error
         if self._watch.is_stuck:
             return DeadlineError(self._hosted_idx, STUCK_S)
@@ -236,7 +233,8 @@ class IpcTransport:
         """Those to `replace` before anything is sent again: whose processes ended, and those that were given up; those
         that are late only without any of these."""
         broken = (self._block.refusals[self.router_idx, :, 1] == mailbox.BROKEN).nonzero()[0].tolist()
-        lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken} | self._lost
+        lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken}
+        lost.update(self._lost)
         for shard_idx in range(self.num_shards):
             if shard_idx not in lost and (reason := self._watch.find_loss(shard_idx)) is not None:
                 lost[shard_idx] = ShardLostError(shard_idx, reason)
@@ -244,10 +242,20 @@ class IpcTransport:
 
     def _late(self) -> dict[int, TransportError]:
         """Shards that did not answer a wait before it was given up, unless that was for another reason."""
-        if self._watch.is_stuck or self._block.refusals[self.router_idx, :, 1].any():
+        if self._watch.is_stuck or self._refused:
             return {}
         late = self._host[layout.LATE : layout.LATE + self.num_shards].nonzero()[0]
         return {int(shard_idx): DeadlineError(int(shard_idx), self.deadline_s) for shard_idx in late}
+
+    def _is_refused(self, seq: int) -> bool:
+        """By a shard that says so of this very message: what it says of one before comes late, when that step has ended
+        already. One whose serving has ended answers none."""
+        for shard_idx, (refused, code, value) in enumerate(self._block.refusals[self.router_idx].tolist()):
+            if code == mailbox.BROKEN:
+                self._refused[shard_idx] = _broken(shard_idx)
+            elif code and refused == seq:
+                self._refused[shard_idx] = ShardFailedError(shard_idx, _refusal(code, value))
+        return bool(self._refused)
 
     def abort(self, shard_idx: int, reason: str) -> None:
         """From any thread: ends the waits of the running step, whose `check` will raise ShardLostError."""
@@ -260,8 +268,8 @@ class IpcTransport:
         self._words[layout.FAILED : layout.FAILED + 1].zero_()
         self._device.synchronize()
         with self._watch.lock:
-            self._block.refusals[self.router_idx] = 0
             self._lost.clear()
+            self._refused.clear()
             self._host[layout.LATE : layout.LATE + self.num_shards] = 0
             self._host[layout.FAILED_STEP] = 0
             self._watch.is_stuck = False

@@ -1,5 +1,5 @@
-"""The thread that ends a router's waits on the device when the shard that is awaited is lost or late, or when the wait
-itself keeps this process from going on."""
+"""The thread that ends a router's waits on the device when the shard that is awaited is lost or late or refuses, or
+when the wait itself keeps this process from going on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ IsLost = Callable[[int], str | None]
 
 class WaitWatch:
     """host: the router's words in host memory. is_lost: what else is known about shards than whether their processes
-    run. abort: called with a shard that is lost, and why. Holds `lock` while it looks.
+    run. abort: called with a shard that is lost, and why. is_refused: whether a shard will not answer the message that
+    is awaited, by its number. Holds `lock` while it looks.
 
     launching_s: for how long a shard in this process has been at a launch, where there is one. A GPU may load what has
     not run before only when it is idle: a router that does so while it waits for a shard whose own router does the same
@@ -43,14 +44,17 @@ class WaitWatch:
         deadline_s: float,
         is_lost: IsLost | None,
         abort: Callable[[int, str], None],
+        is_refused: Callable[[int], bool],
     ) -> None:
         self.lock = threading.Lock()
         self.is_lost = is_lost
         self.launching_s: Callable[[], float] = lambda: 0.0
         self.is_stuck = False
         self._unstuck = float("-inf")
+        self._waiting: int | None = None
+        self._since = 0.0
         self._router_idx, self._host, self._num_shards, self._deadline_s = router_idx, host, num_shards, deadline_s
-        self._abort = abort
+        self._abort, self._is_refused = abort, is_refused
         self._sentinels: dict[int, ProcessSentinel] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ep-ipc-watchdog", daemon=True)
@@ -78,29 +82,33 @@ class WaitWatch:
             sentinel.close()
 
     def _watch(self) -> None:
-        """Sets the abort word for a wait whose shard is lost or late."""
-        host = self._host
         try:
-            seq, since = None, 0.0
             while not self._closing.wait(WATCH_S):
-                with self.lock:
-                    waiting = int(host[layout.WAITING_SEQ])
-                    if waiting == host[layout.DONE_SEQ] or host[layout.ABORT]:
-                        seq = None
-                        continue
-                    if waiting != seq:
-                        seq, since = waiting, time.monotonic()
-                    self._look(time.monotonic() - since)
+                self.look()
         except BaseException:
-            host[layout.ABORT] = 1  # rather than to wait unwatched
+            self._host[layout.ABORT] = 1  # rather than to wait unwatched
             raise
 
-    def _look(self, waited_s: float) -> None:
+    def look(self) -> None:
+        """Sets the abort word for a wait that is not to be answered; the thread does it every WATCH_S."""
+        host = self._host
+        with self.lock:
+            waiting = int(host[layout.WAITING_SEQ])
+            if waiting == host[layout.DONE_SEQ] or host[layout.ABORT]:
+                self._waiting = None
+                return
+            if waiting != self._waiting:
+                self._waiting, self._since = waiting, time.monotonic()
+            self._look_at(waiting, time.monotonic() - self._since)
+
+    def _look_at(self, seq: int, waited_s: float) -> None:
         for shard_idx in range(self._num_shards):
             reason = self.find_loss(shard_idx)
             if reason is not None:
                 log.warning("router %d: shard %d is lost: %s", self._router_idx, shard_idx, reason)
                 self._abort(shard_idx, reason)
+        if self._is_refused(seq):
+            self._host[layout.ABORT] = 1
         launching_s = self.launching_s()
         # Once for each launch: one that goes on when the device is idle waits for something else.
         if launching_s > STUCK_S and time.monotonic() - launching_s > self._unstuck:

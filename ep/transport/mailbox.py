@@ -2,7 +2,7 @@
 
     preamble             magic, numbers of routers and shards
     headers   [N, S]     the newest message of a router to a shard; written by the router's GPU, polled by the shard
-    refusals  [N, S]     which message a shard refused, and why; written by the shard
+    refusals  [N, S]     which message a shard refused last, and why; written by the shard
     routers   [N]        abort, waiting, failed, ... of each router, written by its GPU and its host; its generation
 
 The block is a file in /dev/shm without an owner: whoever comes first makes it, everybody holds a shared lock while
@@ -119,6 +119,13 @@ class MailboxBlock:
     def router_address(self, router_idx: int) -> int:
         """Bytes from the block's start to a router's words."""
         return int(self.routers[router_idx].ctypes.data) - self.address
+
+    def refuse(self, router_idx: int, shard_idx: int, seq: int, code: int, value: int) -> None:
+        """By the shard; the router's watchdog looks for it meanwhile. code 0: nothing is refused."""
+        place = self.refusals[router_idx, shard_idx]
+        place[1] = 0
+        place[0], place[2] = seq, value
+        place[1] = code
 
     def close(self) -> None:
         """No view may be used afterwards. Unlinks the block if nobody else is attached; no-op if closed."""

@@ -208,7 +208,7 @@ def test_a_refused_generation_is_an_error_of_the_step_and_the_next_one_works(rig
     tokens.send(router, 0)
     tokens.send(router, 1)
     rig.serve()
-    assert rig.devices[0].is_idle
+    rig.devices[0].synchronize()
     with pytest.raises(ShardFailedError, match="shard 0: it does not serve placement generation 7"):
         router.check()
     rig.served.add(7)
@@ -220,10 +220,35 @@ def test_a_refused_generation_is_an_error_of_the_step_and_the_next_one_works(rig
     assert [server.stats.refused for server in rig.servers] == [1, 1]
 
 
-def test_a_message_of_no_such_layer_is_refused(rig: Rig) -> None:
-    header = layout.pack_header(1, LAYERS, 2)
-    rig.block.headers[1, 0] = header
+def test_a_refusal_that_comes_late_ends_no_later_step(rig: Rig) -> None:
+    router, tokens = rig.routers[0], Tokens.random(6)
+    router.set_placement(Placement(7, EXPERTS, PLACEMENT.slots))
+    tokens.send(router, 0)
+    rig.devices[0].run()
+    late = layout.Header.unpack(int(rig.block.headers[0, 1]))
     rig.servers[0].poll()
+    rig.devices[0].synchronize()
+    with pytest.raises(ShardFailedError, match="shard 0"):
+        router.check()
+    router.reset()
+    router.set_placement(PLACEMENT)
+    got = tokens.send(router, 1)
+    rig.devices[0].run()
+    rig.servers[1]._look_at(rig.servers[1]._peers[0], late, 0.0)
+    assert rig.servers[1].stats.refused == 1
+    time.sleep(4 * WATCH_S)
+    rig.serve()
+    router.check()
+    assert_close(got, tokens.expected(1))
+
+
+def test_a_message_of_no_such_layer_is_refused(rig: Rig) -> None:
+    Tokens.random(4).send(rig.routers[1], 0)
+    rig.devices[1].run()
+    sent = layout.Header.unpack(int(rig.block.headers[1, 0]))
+    rig.block.headers[1, 0] = layout.pack_header(sent.seq, LAYERS, 2)
+    rig.servers[0].poll()
+    rig.devices[1].synchronize()
     with pytest.raises(ShardFailedError, match=f"MoE layer {LAYERS} or longer"):
         rig.routers[1].check()
 
@@ -488,5 +513,6 @@ def test_a_generation_that_is_dropped_is_not_answered_from_then_on(rig: Rig) -> 
         device.run()
     assert not rig.devices[0].is_idle
     rig.serve()
+    rig.devices[0].synchronize()
     with pytest.raises(ShardFailedError, match="does not serve placement generation 0"):
         router.check()

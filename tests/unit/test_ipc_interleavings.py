@@ -227,6 +227,8 @@ class Interleavings(RuleBasedStateMachine):
             if not any(moved):
                 stands += 1
                 self.now += 2.0
+                for transport in self.routers:
+                    transport._watch.look()
         assert all(device.is_idle for device in (*self.devices, *self.shard_devices)), "something waits for ever"
         for router in range(2):
             self.finish(router)
