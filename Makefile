@@ -10,13 +10,13 @@ BIN    := .venv/bin
 serve: setup
 	@exec $(BIN)/ep serve deepseek-v3 $(ARGS)
 
-# Unit tests on all cores, then those that start servers, one after the other.
+# What may run beside other tests on all cores, then those that start servers, one after the other.
 test: lint
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
-	@$(BIN)/python -m pytest -q -n auto tests/unit
-	@$(BIN)/python -m pytest -m "not long" tests/serving tests/gpu
+	@$(BIN)/python -m pytest -q -n auto -m "beside or not serving" tests/unit tests/serving
+	@$(BIN)/python -m pytest -m "not long and not beside" tests/serving tests/gpu
 endif
 
 # Further servers, which would take `make test` past its time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 from tests.serving.served import free_port, run_ep
 
+pytestmark = pytest.mark.beside
+
 
 @pytest.fixture(scope="module")
 def stand_in() -> Path:
@@ -25,19 +28,14 @@ def stand_in() -> Path:
 
 def expect(arguments: list[str], *words: str) -> None:
     """`ep *arguments` says all the words in one line, and that is all it does."""
-    before = {process.pid for process in psutil.process_iter()}
-    result = run_ep(*arguments)
+    mark = {"EP_TEST_RUN": uuid.uuid4().hex}
+    result = run_ep(*arguments, environment=mark)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("ep: ")]
     assert "Traceback" not in result.stderr
     assert all(word in line for word in words), line
     assert result.returncode == 2, result.stderr
-    mine = [p for p in psutil.process_iter(["name", "cmdline"]) if p.pid not in before and _is_ours(p)]
-    assert not mine
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    words = " ".join(process.info["cmdline"] or [])
-    return any(word in words for word in ("raylet", "gcs_server", "ray::", "VLLM::"))
+    left = [p for p in psutil.process_iter(["cmdline", "environ"]) if mark.items() <= (p.info["environ"] or {}).items()]
+    assert not left
 
 
 def broken(stand_in: Path, folder: Path, mend: Callable[[Path], None]) -> str:

@@ -13,7 +13,7 @@ import ray
 from ep.cluster.task_pool import run_tasks
 from ep.errors import ClusterError
 
-pytestmark = pytest.mark.serving
+pytestmark = pytest.mark.beside
 
 
 @pytest.fixture(scope="module")
