@@ -67,7 +67,8 @@ def bench_serve(verbose: bool, **options: Any) -> None:
     """Throughput and latency of a server under vLLM's own benchmark client; vLLM flags follow `--`.
 
     A list for --concurrency or --request-rate is a sweep. With --request-rate, --concurrency is a bound. A running
-    server that asks for a key gets EP_API_KEY.
+    server that asks for a key gets EP_API_KEY. Ctrl-C, or a server that fails, leaves the rounds that all servers have
+    ended: the result is marked incomplete then, with exit code 1.
     """
     from ep.bench.serve import ServeBenchOptions, run, show
     from ep.terminal import Terminal
@@ -76,7 +77,9 @@ def bench_serve(verbose: bool, **options: Any) -> None:
     of_server = {f"--{name}": options.pop(name) for name in ("shards", "routers", "transport")}
     flags = tuple(word for name, value in of_server.items() if value is not None for word in (name, str(value)))
     flags += options.pop("ep_flags")
-    show(run(ServeBenchOptions(ep_flags=flags, **given(options)), terminal), terminal.console)
+    result = run(ServeBenchOptions(ep_flags=flags, **given(options)), terminal)
+    show(result, terminal.console)
+    sys.exit(0 if result.incomplete is None else 1)
 
 
 @bench.command("decode-latency", cls=FlagsForVllm)

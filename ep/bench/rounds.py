@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from ep.bench.client import Load, Percentiles, Served, run_client
 from ep.bench.server import Server
 from ep.bench.sweep import Point
+from ep.errors import EpError
 from ep.terminal import Terminal
 
 
@@ -70,37 +72,75 @@ class Measured:
     ratio: Spread | None
 
 
+@dataclass(frozen=True)
+class MeasuredSweep:
+    """points: those with a round that all servers ended. incomplete: why there are no more, None where that is all."""
+
+    points: tuple[Measured, ...]
+    incomplete: str | None
+
+
 def measure(
     points: Sequence[Point], load: Load, num_rounds: int, targets: Sequence[Target], terminal: Terminal, logs: Path
-) -> tuple[Measured, ...]:
+) -> MeasuredSweep:
     """Every round goes through all points and, at each, through all servers, which take turns in going first; a round
-    before them warms up and is thrown away.
+    before them warms up and is thrown away. What ends it early, Ctrl-C or a server that fails, leaves the rounds
+    before.
 
     load: what all points have in common. Every round and point has prompts of its own, the same for all servers.
+    Raises what ended the measurement before there was a round.
     """
     rounds: list[list[Round]] = [[] for _ in points]
     total = (num_rounds + 1) * len(points) * len(targets)
+    incomplete = None
     with terminal.progress("measuring", total=total, per_second=1) as (bar, task):
-        for round_idx in range(-1, num_rounds):
-            for point_idx, point in enumerate(points):
-                seed = load.seed + (round_idx + 1) * len(points) + point_idx
-                at = replace(
-                    load,
-                    concurrency=point.concurrency,
-                    request_rate=point.request_rate,
-                    num_prompts=point.num_prompts,
-                    seed=seed,
-                )
-                for target in targets if round_idx % 2 else targets[::-1]:
-                    others = [other.server for other in targets if other is not target and other.server]
-                    name = f"{target.name}-{point_idx}-{round_idx if round_idx >= 0 else 'warm-up'}"
-                    found = _round(at, target, others, round_idx, logs, name)
-                    bar.advance(task)
-                    if round_idx >= 0:
-                        rounds[point_idx].append(found)
-                        speed = f"{target.name} {found.served.output_tokens_per_s:.0f} tokens/s"
-                        terminal.say(f"round {round_idx}, {point.label}: {speed}")
-    return tuple(sum_up(point, of_point) for point, of_point in zip(points, rounds))
+        try:
+            _take_turns(points, load, num_rounds, targets, terminal, logs, rounds, lambda: bar.advance(task))
+        except (KeyboardInterrupt, EpError) as error:
+            incomplete = str(error) or "interrupted"
+            rounds = [whole_rounds(of_point, len(targets)) for of_point in rounds]
+            if not any(rounds):
+                raise
+    found = tuple(sum_up(point, of_point) for point, of_point in zip(points, rounds) if of_point)
+    return MeasuredSweep(found, incomplete)
+
+
+def whole_rounds(rounds: Sequence[Round], num_servers: int) -> list[Round]:
+    """Of one point: those that all servers ended."""
+    ended = Counter(one.round_idx for one in rounds)
+    return [one for one in rounds if ended[one.round_idx] == num_servers]
+
+
+def _take_turns(
+    points: Sequence[Point],
+    load: Load,
+    num_rounds: int,
+    targets: Sequence[Target],
+    terminal: Terminal,
+    logs: Path,
+    rounds: list[list[Round]],
+    advance: Callable[[], None],
+) -> None:
+    """rounds: by point; every run of the client is appended as it ends."""
+    for round_idx in range(-1, num_rounds):
+        for point_idx, point in enumerate(points):
+            seed = load.seed + (round_idx + 1) * len(points) + point_idx
+            at = replace(
+                load,
+                concurrency=point.concurrency,
+                request_rate=point.request_rate,
+                num_prompts=point.num_prompts,
+                seed=seed,
+            )
+            for target in targets if round_idx % 2 else targets[::-1]:
+                others = [other.server for other in targets if other is not target and other.server]
+                name = f"{target.name}-{point_idx}-{round_idx if round_idx >= 0 else 'warm-up'}"
+                found = _round(at, target, others, round_idx, logs, name)
+                advance()
+                if round_idx >= 0:
+                    rounds[point_idx].append(found)
+                    speed = f"{target.name} {found.served.output_tokens_per_s:.0f} tokens/s"
+                    terminal.say(f"round {round_idx}, {point.label}: {speed}")
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -63,17 +63,20 @@ class ServeBenchOptions:
 
 @dataclass(frozen=True)
 class ServeBench:
-    """start_s: of the servers that were started here. points: in the sweep's order."""
+    """start_s: of the servers that were started here. points: in the sweep's order. incomplete: why not everything was
+    measured, None where it was."""
 
     conditions: Conditions
     options: ServeBenchOptions
     commands: dict[str, str]
     start_s: dict[str, float]
     points: tuple[Measured, ...]
+    incomplete: str | None = None
 
 
 def run(options: ServeBenchOptions, terminal: Terminal) -> ServeBench:
-    """Starts the servers, measures them in turns and ends them. Raises OptionError, CheckpointError, EpError."""
+    """Starts the servers, measures them in turns and ends them. Raises OptionError, CheckpointError, EpError, and
+    KeyboardInterrupt where that came before the first round ended."""
     prompts = _check(options)
     points = _points(options, prompts)
     at = conditions()
@@ -89,7 +92,8 @@ def run(options: ServeBenchOptions, terminal: Terminal) -> ServeBench:
         options=options,
         commands={target.name: " ".join(target.server.command) for target in targets if target.server},
         start_s={target.name: target.start_s for target in targets if target.server},
-        points=measured,
+        points=measured.points,
+        incomplete=measured.incomplete,
     )
 
 

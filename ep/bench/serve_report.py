@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
@@ -21,10 +22,19 @@ def describe(result: ServeBench) -> Report:
         lengths = f"the prompts of a file, {options.output_len or 'its own'} output tokens"
     else:
         lengths = f"{options.input_len} + {options.output_len or OUTPUT_LEN} tokens"
-    what = f"{options.model}: {lengths}, median of {options.rounds} rounds"
+    what = f"{options.model}: {lengths}, median of {_num_rounds(points)} rounds"
     beside = " beside native vLLM" if points[0].ratio else ""
     sheet = _one(f"{points[0].point.label}, {what}", points[0]) if len(points) == 1 else _sweep(what, points)
-    return Report(f"Serving {options.model}{beside}", (sheet,), tuple(_figures(points)))
+    summary = "" if result.incomplete is None else f"**Incomplete**: {result.incomplete}."
+    if result.incomplete is not None:
+        sheet = replace(sheet, note=f"INCOMPLETE: {result.incomplete}. {sheet.note}".strip())
+    return Report(f"Serving {options.model}{beside}", (sheet,), tuple(_figures(points)), summary)
+
+
+def _num_rounds(points: Sequence[Measured]) -> str:
+    """Of a server at a point; where one was interrupted the last points may have one less."""
+    counts = {len(measured.rounds) // len(measured.servers) for measured in points}
+    return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 def _one(title: str, measured: Measured) -> Sheet:

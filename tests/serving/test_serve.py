@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from ep.bench.decode_latency import profile
 from ep.bench.decode_stream import Batch, decode
 from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
-from tests.serving.served import Served, run_ep, serve
+from tests.serving.served import EP, Served, ep_environment, run_ep, serve
 
 NUM_STREAMS = 16
 MODEL = "deepseek-v3"
@@ -120,6 +121,29 @@ def test_bench_serve_says_what_vllms_client_said(server: Served, tmp_path: Path)
     (page,) = tmp_path.glob("*-serve.md")
     assert f"{served['output_tokens_per_s']:,.0f}" in page.read_text() and "secret" not in page.read_text()
     assert run_ep("bench", "compare", str(output), str(output)).returncode == 0
+
+
+def test_an_interrupted_benchmark_leaves_the_rounds_before(server: Served, tmp_path: Path) -> None:
+    url, tokenizer = server.base_url.removesuffix("/v1"), cached_checkpoint(load_preset(MODEL))
+    command = [*EP, "bench", "serve", MODEL, "--url", url, "--checkpoint", str(tokenizer), "--rounds", "50"]
+    command += ["--num-prompts", "2", "--output-len", "3"]
+    environment = ep_environment({"EP_API_KEY": "secret", "XDG_STATE_HOME": str(tmp_path)})
+    told = tmp_path / "told.txt"
+    with told.open("wb") as stderr:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment)
+        try:
+            while "round 0" not in told.read_text():
+                assert running.poll() is None, told.read_text()
+                time.sleep(0.1)
+            running.send_signal(signal.SIGTERM)
+            output, _ = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 1, told.read_text()
+    result = json.loads(output.splitlines()[-1])
+    assert result["incomplete"] == "interrupted"
+    (point,) = result["points"]
+    assert 1 <= len(point["rounds"]) < 50 and point["servers"]["ep"]["served"]["output_tokens_per_s"] > 0
 
 
 def test_a_decode_step_has_its_parts(server: Served, tmp_path_factory: pytest.TempPathFactory) -> None:

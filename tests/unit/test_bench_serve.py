@@ -17,7 +17,7 @@ from ep.bench.client import Load, Percentiles, Served, client_command
 from ep.bench.conditions import conditions
 from ep.bench.decode_stream import Batch, summarize
 from ep.bench.prompts import PromptFile, check_prompts
-from ep.bench.rounds import Measured, Round, sum_up
+from ep.bench.rounds import Measured, Round, sum_up, whole_rounds
 from ep.bench.serve import ServeBench, ServeBenchOptions, run
 from ep.bench.serve_report import describe
 from ep.bench.sweep import Point, sweep
@@ -132,10 +132,21 @@ def test_options_that_cannot_be_meant(arguments: tuple[str, ...], words: str) ->
     assert done.exit_code == 2 and words in done.output
 
 
-def test_flags_for_vllm_do_not_become_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def options_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[ServeBenchOptions]:
+    """Filled by `ep bench serve`, which measures nothing then."""
     seen: list[ServeBenchOptions] = []
-    monkeypatch.setattr("ep.bench.serve.run", lambda options, _: seen.append(options))
+
+    def measured(options: ServeBenchOptions, _: Terminal) -> ServeBench:
+        seen.append(options)
+        return ServeBench(conditions(), options, {}, {}, ())
+
+    monkeypatch.setattr("ep.bench.serve.run", measured)
     monkeypatch.setattr("ep.bench.serve.show", lambda *_: None)
+    return seen
+
+
+def test_flags_for_vllm_do_not_become_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = options_of_runs(monkeypatch)
     for before in ((), ("mixtral-8x7b",)):
         flags = ("--max-model-len", "8", "--", "x")
         done = CliRunner().invoke(cli, ["bench", "serve", *before, "--concurrency", "1,4", "--", *flags])
@@ -145,9 +156,7 @@ def test_flags_for_vllm_do_not_become_the_model(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_flags_of_either_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[ServeBenchOptions] = []
-    monkeypatch.setattr("ep.bench.serve.run", lambda options, _: seen.append(options))
-    monkeypatch.setattr("ep.bench.serve.show", lambda *_: None)
+    seen = options_of_runs(monkeypatch)
     ours, theirs = "--dispatch-dtype fp8 --trace 'a b'", "--enable-expert-parallel --data-parallel-size 2"
     command = ["bench", "serve", "--against", "native", "--shards", "2", "--ep-flags", ours, "--native-flags", theirs]
     done = CliRunner().invoke(cli, command)
@@ -184,6 +193,21 @@ def test_rounds_are_summed_up_by_medians_and_the_ratio_by_rounds(speeds: list[tu
     summary = measured.servers["ep"]
     assert (summary.slowest, summary.fastest) == (ours[0], ours[-1])
     assert summary.served.itl_ms.p90 == 2 * summary.served.output_tokens_per_s
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 2))
+def test_what_an_interruption_leaves_is_of_all_servers(num_servers: int, num_whole: int, num_more: int) -> None:
+    names = ("ep", "native", "other")[:num_servers]
+    ended = [Round(name, idx, served(1.0), {}, 0.0) for idx in range(num_whole + 1) for name in names]
+    ended = ended[: num_whole * num_servers + min(num_more, num_servers - 1)]
+    assert whole_rounds(ended, num_servers) == ended[: num_whole * num_servers]
+
+
+def test_an_incomplete_result_says_so() -> None:
+    point = sum_up(Point(4, None, 8), [Round("ep", idx, served(100.0), {}, 0.0) for idx in range(2)])
+    found = describe(ServeBench(conditions(), ServeBenchOptions(), {}, {}, (point,), "interrupted"))
+    assert found.summary == "**Incomplete**: interrupted." and "INCOMPLETE: interrupted" in found.sheets[0].note
+    assert "median of 2 rounds" in found.sheets[0].title
 
 
 def test_the_report_of_one_point_and_of_several() -> None:
