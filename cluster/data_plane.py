@@ -56,7 +56,7 @@ class DataPlane:
 
     def take_load(self) -> None:
         """Bring the counters up to date; not before the first step, while vLLM may be capturing graphs."""
-        if isinstance(self.router, IpcRouter) and not self.router.has_begun:
+        if isinstance(self.router, GraphRouter | IpcRouter) and not self.router.has_begun:
             return
         with self.between_steps:
             self.router.take_load()

@@ -3,13 +3,15 @@
     topk_ids ─> logical expert -> slot ─> experts of this process's slots ─> routed sum
 
 No host work per layer: shapes are static, the number of real tokens and the placement are read on the device. What a
-graph has captured stays valid when the placement changes, because its table is overwritten in place.
+graph has captured stays valid when the placement changes, because its table is overwritten in place. What the tokens
+choose is counted on the device too, and taken from there now and then (`take_load`).
 
 Shape legend: T tokens (padding included), H hidden, K top-k, L MoE layers, E logical experts.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -24,6 +26,7 @@ from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.recovery import Recovery, StepFailure
 from ep.share import WHOLE
+from ep.under_way import MAX_UNDER_WAY, UnderWay, decode_tokens
 
 if TYPE_CHECKING:
     from ep.compute.base import ExpertCompute
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class GraphRouter:
-    """Runs the routed experts of any MoE layer on slots in this process's GPU. For one thread.
+    """Runs the routed experts of any MoE layer on slots in this process's GPU. Steps, dispatch and combine are for one
+    thread.
 
     open_slots: loads all slots onto the device. It is called when vLLM loads its own weights, so that its memory
     accounting sees the slots too. max_tokens: the largest batch.
@@ -56,9 +60,15 @@ class GraphRouter:
         self._open_slots = open_slots
         self._max_tokens = max_tokens
         self._compute: GpuCompute | None = None
+        self._device = device
         self._stats = [LinkStats()]
-        self._slot_of = torch.empty(spec.num_moe_layers, spec.num_experts, dtype=torch.int32, device=device)
-        self._num_tokens = torch.full((1,), max_tokens, dtype=torch.int32, device=device)
+        size = (spec.num_moe_layers, spec.num_experts)
+        self._slot_of = torch.empty(size, dtype=torch.int32, device=device)
+        self._sizes = torch.tensor([max_tokens, 0], dtype=torch.int32, device=device)
+        self._load = torch.zeros(2, *size, dtype=torch.int64, device=device)
+        self._step = self._num_dispatched = 0
+        self._under_way: dict[int, UnderWay] = {}
+        self._lock = threading.Lock()
         self._routed: torch.Tensor | None = None
         self.set_placement(placement)
 
@@ -77,25 +87,64 @@ class GraphRouter:
 
     @contextmanager
     def step(self, num_tokens: int, num_requests: int, num_decode: int | None = None) -> Iterator[int]:
-        """Rows past num_tokens are padding."""
-        self._num_tokens.fill_(num_tokens)
-        yield 0
+        """What is dispatched inside belongs to one step, whose number is given: rows past num_tokens are padding.
+
+        num_decode: how many of the first rows are decode tokens; None: all if there is a token per request, else none.
+        """
+        if not self.has_begun:
+            self._load.zero_()  # of what vLLM warmed up with
+        num_decode = decode_tokens(num_tokens, num_requests, num_decode)
+        for place, value in enumerate((num_tokens, num_decode)):
+            self._sizes[place : place + 1].fill_(value)
+        self._step += 1
+        if num_tokens:
+            self._num_dispatched += self.spec.num_moe_layers
+        with self._lock:
+            self._under_way[self._step] = UnderWay(num_tokens, num_decode, self.placement.generation)
+            self._under_way.pop(self._step - MAX_UNDER_WAY, None)
+        yield self._step
 
     def failure(self, step: int) -> StepFailure | None:
-        """None: there is nothing to lose here."""
+        """When the device is done with this step, from any thread, once each step: None, there is nothing to lose."""
+        with self._lock:
+            ended = self._under_way.pop(step, None)
+        if ended is not None and self.recorder is not None:
+            ended.record(self.recorder, self._stats)
         return None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a step."""
+        return self._step > 0
+
     def take_load(self) -> None:
-        """Load is not counted here."""
+        """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
+        any thread, but not while the device captures graphs."""
+        self._drain()
+        pairs = self._load.cpu().numpy().copy()
+        self._load.zero_()
+        self._drain()
+        (link,) = self._stats
+        link.pairs += int(pairs.sum())
+        link.tokens = link.pairs // self.spec.top_k
+        link.requests = self._num_dispatched
+        if self.recorder is not None:
+            self.recorder.add_counts(pairs, self._stats)
+
+    def _drain(self) -> None:
+        """Waits for everything that was queued, by whichever thread."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> None:
-        """hidden [T, H] bf16, topk_ids int32 [T, K], topk_weights float32 [T, K]."""
+        """hidden [T, H] bf16, topk_ids int [T, K], topk_weights float32 [T, K]; launches only."""
+        from ep.kernels.slots import assign_slots  # needs Triton
+
         assert self._compute is not None, "open_slots comes before dispatch"
-        slots = self._slot_of[layer_pos][topk_ids]
-        num_tokens = self._num_tokens.clamp(max=len(hidden))
-        self._routed = self._compute.partials(layer_pos, hidden, slots, topk_weights, num_tokens)
+        assigned = assign_slots(topk_ids.int(), self._slot_of, self._sizes, self._load, layer_pos)
+        self._routed = self._compute.partials(layer_pos, hidden, assigned.slots, topk_weights, assigned.num_tokens)
 
     def combine(self, layer_pos: int) -> torch.Tensor:
         """The routed sum [T, H] of the last dispatch."""

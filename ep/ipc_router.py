@@ -36,6 +36,7 @@ from ep.recovery import Recovery, StepFailure
 from ep.share import WHOLE, Share
 from ep.transport.ipc import IpcTransport
 from ep.transport.ipc_device import IpcDevice
+from ep.under_way import MAX_UNDER_WAY, UnderWay, decode_tokens
 
 if TYPE_CHECKING:
     from ep.assign import Assigner
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 MAX_EPISODES = 16
 MAX_FAILED_IN_ROW = 6
 """Steps that fail one after the other before their requests are not tried again."""
-MAX_UNDER_WAY = 16
-"""Steps that are launched before the first of them is asked about; of those before, `failure` remembers nothing."""
 
 Replace = Callable[[int, TransportError], None]
 """Called with a shard that was lost and why. Blocks until the transport reaches its successor, or raises
@@ -61,24 +60,6 @@ class _Episode:
     last: int
     error: TransportError
     is_lasting: bool = False
-
-
-@dataclass
-class _UnderWay:
-    """A step. began: on time.monotonic's clock; wall: seconds since 1970. rows: of its batch, that are this router's; a
-    captured step does not say, and its padding counts as none."""
-
-    began: float
-    wall: float
-    num_tokens: int
-    num_decode: int
-    generation: int
-    rows: slice
-
-    def counted(self) -> tuple[int, int]:
-        """This router's tokens, and how many of them are decode."""
-        mine = range(self.num_tokens)[self.rows]
-        return len(mine), len(range(min(mine.start, self.num_decode), min(mine.stop, self.num_decode)))
 
 
 @dataclass(frozen=True)
@@ -124,8 +105,8 @@ class IpcRouter:
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self._call: _Call | None = None
         self._step = 0
-        self._now: _UnderWay | None = None
-        self._under_way: dict[int, _UnderWay] = {}
+        self._now: UnderWay | None = None
+        self._under_way: dict[int, UnderWay] = {}
         self._episodes: deque[_Episode] = deque(maxlen=MAX_EPISODES)
         self._lost: dict[int, TransportError] = {}
         self._failed_in_row = 0
@@ -162,11 +143,10 @@ class IpcRouter:
         error = self._mend()
         if error is not None and self.share.size == 1:
             raise error
-        if num_decode is None:
-            num_decode = num_tokens if num_tokens == num_requests else 0
+        num_decode = decode_tokens(num_tokens, num_requests, num_decode)
         self._step += 1
-        rows, generation = self.share.rows(num_tokens), self.placement.generation
-        now = _UnderWay(time.monotonic(), time.time(), num_tokens, num_decode, generation, rows)
+        # A captured step does not say which rows of its batch are this router's: its padding counts as none.
+        now = UnderWay(num_tokens, num_decode, self.placement.generation, self.share.rows(num_tokens))
         with self._lock:
             if error is not None:  # the others are in the step already, and wait in its collectives
                 self._episodes.append(_Episode(self._step, self._step, error, is_lasting=True))
@@ -186,16 +166,15 @@ class IpcRouter:
     def failure(self, step: int) -> StepFailure | None:
         """When the device is done with this step: what kept it from being whole. From any thread, once each step."""
         with self._lock:
-            size = self._under_way.pop(step, None)
+            ended = self._under_way.pop(step, None)
             found = self._episode(step)
             self._failed_in_row = self._failed_in_row + 1 if found is not None else 0
             may_try = self._failed_in_row <= MAX_FAILED_IN_ROW
         if found is not None:
             is_mended = isinstance(found.error, (ShardLostError, DeadlineError)) and self._replace is not None
             return StepFailure(found.error, is_mended and not found.is_lasting and may_try)
-        if size is not None and self.recorder is not None:
-            seconds = time.monotonic() - size.began
-            self.recorder.add_step(self._stats, size.wall, seconds, *size.counted(), size.generation)
+        if ended is not None and self.recorder is not None:
+            ended.record(self.recorder, self._stats)
         return None
 
     def dispatch(

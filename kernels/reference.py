@@ -98,6 +98,19 @@ def gating(x: torch.Tensor, gate_w: torch.Tensor, bias: torch.Tensor | None, rul
     return route(gate_logits(x, gate_w), bias, rule)
 
 
+def assign_slots(
+    topk_ids: torch.Tensor, slot_of: torch.Tensor, sizes: torch.Tensor, load: torch.Tensor, layer_pos: int
+) -> torch.Tensor:
+    """The slots of `kernels.slots.assign_slots`, with its arguments and its effect on load."""
+    num_tokens, num_decode = sizes.tolist()
+    num_experts = slot_of.shape[1]
+    token = torch.arange(len(topk_ids), device=topk_ids.device)[:, None].expand_as(topk_ids)
+    is_real = (token < num_tokens) & (topk_ids >= 0) & (topk_ids < num_experts)
+    for phase, is_of_phase in enumerate((token >= num_decode, token < num_decode)):
+        load[phase, layer_pos] += topk_ids[is_real & is_of_phase].bincount(minlength=num_experts)
+    return torch.where(is_real, slot_of[layer_pos][topk_ids.clamp(0, num_experts - 1).long()], -1)
+
+
 def quantize_blocks(
     w: torch.Tensor, block: tuple[int, int] = (128, 128), dtype: torch.dtype = torch.float8_e4m3fn
 ) -> Quantized:

@@ -41,6 +41,11 @@ def gating_work(num_tokens: int, num_experts: int, top_k: int) -> Work:
     return Work(0, num_tokens * (4 * num_experts + 8 * top_k))
 
 
+def assign_work(num_tokens: int, top_k: int) -> Work:
+    """Of every choice the expert in, its slot in and out, its counter in and out."""
+    return Work(0, num_tokens * top_k * (4 + 4 + 4 + 8 + 8))
+
+
 def quantize_work(num_tokens: int, hidden: int) -> Work:
     """bf16 in; e4m3 and one float32 scale per 128 columns out."""
     return Work(0, num_tokens * (2 * hidden + hidden + 4 * (hidden // 128)))

@@ -22,10 +22,10 @@ from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
 from ep.bench.result import publish
 from ep.errors import OptionError
-from ep.kernels import gating, quant
+from ep.kernels import gating, quant, slots
 from ep.kernels.devices import Device, current_device
 from ep.kernels.fused_moe import ExpertShape, choose_config, supports
-from ep.kernels.roofline import Ceilings, Work, fused_moe_work, gating_work, quantize_work
+from ep.kernels.roofline import Ceilings, Work, assign_work, fused_moe_work, gating_work, quantize_work
 from ep.model import ModelSpec
 from ep.presets import load_preset
 from ep.sheet import Sheet
@@ -90,7 +90,7 @@ def run(options: KernelBenchOptions) -> KernelBench:
     weights = random_weights(shape)
     times = []
     terminal = Terminal()
-    with terminal.progress("measuring", len(options.tokens) * (len(ROUTINGS) + 2)) as (bar, task):
+    with terminal.progress("measuring", len(options.tokens) * (len(ROUTINGS) + 3)) as (bar, task):
         for num_tokens in options.tokens:
             for routing in ROUTINGS:
                 seeds = range(ROTATE if num_tokens < 64 else 1)
@@ -98,6 +98,8 @@ def run(options: KernelBenchOptions) -> KernelBench:
                 times.append(_time_moe(cases, num_tokens, routing, device, ceilings, options))
                 bar.advance(task)
             times.append(_time_gating(num_tokens, spec, ceilings))
+            bar.advance(task)
+            times.append(_time_assign(num_tokens, spec, ceilings))
             bar.advance(task)
             times.append(_time_quantize(num_tokens, shape, device, ceilings))
             bar.advance(task)
@@ -164,6 +166,15 @@ def _time_gating(num_tokens: int, spec: ModelSpec, ceilings: Ceilings) -> Kernel
     bias = torch.randn(spec.num_experts, device="cuda") if spec.scoring == "sigmoid" else None
     us = time_in_graph([lambda: gating.route(logits, bias, spec)])
     return _small("gating", num_tokens, us, gating_work(num_tokens, spec.num_experts, spec.top_k), ceilings)
+
+
+def _time_assign(num_tokens: int, spec: ModelSpec, ceilings: Ceilings) -> KernelTime:
+    ids = torch.randint(0, spec.num_experts, (num_tokens, spec.top_k), dtype=torch.int32, device="cuda")
+    slot_of = torch.arange(spec.num_experts, dtype=torch.int32, device="cuda")[None]
+    sizes = torch.tensor([num_tokens, num_tokens], dtype=torch.int32, device="cuda")
+    load = torch.zeros(2, 1, spec.num_experts, dtype=torch.int64, device="cuda")
+    us = time_in_graph([lambda: slots.assign_slots(ids, slot_of, sizes, load, 0)])
+    return _small("slots", num_tokens, us, assign_work(num_tokens, spec.top_k), ceilings)
 
 
 def _time_quantize(num_tokens: int, shape: ExpertShape, device: Device, ceilings: Ceilings) -> KernelTime:

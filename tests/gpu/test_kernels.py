@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 
-from ep.kernels import gating, quant, reference
+from ep.kernels import gating, quant, reference, slots
 from ep.kernels.devices import current_device
 from ep.kernels.fused_moe import ExpertShape, ExpertWeights, Workspace, fused_moe
 from ep.kernels.tuning import TileConfig, default_tile
@@ -220,6 +220,19 @@ def test_quantisation_chooses_the_twins_codes(scale: float) -> None:
     got, expected = quant.quantize_tokens(x, dtype), reference.quantize_tokens(x.cpu(), dtype)
     assert torch.equal(got.scale_inv.cpu(), expected.scale_inv)  # on the GPU torch multiplies by 1 / 448
     assert torch.equal(got.q.cpu().float(), expected.q.float())
+
+
+@pytest.mark.parametrize("num_rows", [1, 32, 4096])
+def test_slots_and_counts_of_true_size(num_rows: int) -> None:
+    ids = torch.randint(0, 256, (num_rows, 8), dtype=torch.int32, device="cuda")
+    slot_of = torch.stack([torch.randperm(256) for _ in range(58)]).int().cuda()
+    sizes = torch.tensor([num_rows - num_rows // 8, num_rows // 3], dtype=torch.int32, device="cuda")
+    counts = [torch.zeros(2, 58, 256, dtype=torch.int64, device="cuda") for _ in range(2)]
+    for layer_pos in (0, 57, 57):
+        got = slots.assign_slots(ids, slot_of, sizes, counts[0], layer_pos)
+        assert torch.equal(got.slots, reference.assign_slots(ids, slot_of, sizes, counts[1], layer_pos))
+        assert int(got.num_tokens) == num_rows - num_rows // 8
+    assert torch.equal(*counts)
 
 
 def test_gating_of_true_size() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ep.bench.greedy import greedy_answer, greedy_client, greedy_prompts, greedy_tokens
+from ep.presets import load_preset
 from tests.serving.served import Served, serve
 
 pytest.importorskip("vllm")
@@ -76,6 +77,14 @@ def test_tokens_do_not_depend_on_where_experts_are(tokens: dict[str, list[list[i
     assert len({tuple(answer) for answer in tokens[way]}) == NUM_PROMPTS
     differ = [place for place, pair in enumerate(zip(tokens[way], tokens[other], strict=True)) if pair[0] != pair[1]]
     assert not differ, f"{len(differ)} of {NUM_PROMPTS} answers differ between {way} and {other}"
+
+
+def test_load_is_counted_where_the_router_holds_all_slots(
+    servers: dict[str, Served], tokens: dict[str, list[list[int]]]
+) -> None:
+    spec, counted = load_preset(MODEL).synthetic_spec, servers["local"].status()["routers"][0]["links"][0]
+    assert counted["tokens"] > sum(map(len, tokens["local"]))
+    assert counted["pairs"] == counted["tokens"] * spec.top_k and counted["tokens"] % spec.num_moe_layers == 0
 
 
 def test_two_routers_at_once(servers: dict[str, Served], tokens: dict[str, list[list[int]]]) -> None:

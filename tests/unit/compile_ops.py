@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ep.kernels import fused_moe, gating, permute, quant
+from ep.kernels import fused_moe, gating, permute, quant, slots
 from ep.presets import load_preset
 from tests.unit.cross_compile import record
 
 MODULES = {
     "_route_kernel": gating, "_quantize_tokens_kernel": quant, "_count_kernel": permute, "_place_kernel": permute,
-    "_permute_kernel": permute, "sum_choices_kernel": fused_moe,
+    "_permute_kernel": permute, "sum_choices_kernel": fused_moe, "_assign_kernel": slots,
 }  # fmt: skip
 
 
@@ -34,6 +34,8 @@ def main(arch: str) -> list[dict[str, Any]]:
             x = torch.zeros(num_tokens, hidden, dtype=torch.bfloat16)
             bias = torch.zeros(num_experts) if rule.scoring == "sigmoid" else None
             ids = gating.route(torch.zeros(num_tokens, num_experts), bias, rule).topk_ids
+            slot_of, load = torch.zeros(58, num_experts, dtype=torch.int32), torch.zeros(2, 58, num_experts).long()
+            slots.assign_slots(ids, slot_of, torch.zeros(2, dtype=torch.int32), load, 0)
             _experts(x, None, ids, num_experts // 2, dtype, not is_amd)
             if dtype != torch.bfloat16:
                 quantized = quant.quantize_tokens(x, dtype)

@@ -33,7 +33,8 @@ def install() -> None:
 
         import ep.kernels.fused_moe
         import ep.kernels.gating
-        import ep.kernels.p2p  # noqa: F401
+        import ep.kernels.p2p
+        import ep.kernels.slots  # noqa: F401
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

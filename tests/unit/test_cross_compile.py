@@ -15,7 +15,7 @@ KERNELS = {
 }  # fmt: skip
 OPS = {
     "_route_kernel", "_quantize_tokens_kernel", "_count_kernel", "_place_kernel", "_permute_kernel",
-    "sum_choices_kernel",
+    "sum_choices_kernel", "_assign_kernel",
 }  # fmt: skip
 MOVERS = KERNELS - {"wait_kernel", "take_kernel"}
 PUBLISHES = {"dispatch_kernel": 1, "return_kernel": 2, "wait_kernel": 3, "wait_and_combine_kernel": 3}
@@ -47,7 +47,7 @@ def test_resources(arch: str, compiled: list[dict[str, Any]]) -> None:
         assert kernel["publishes"] >= PUBLISHES.get(kernel["kernel"], 0), kernel
 
 
-def test_gating_quantisation_and_sorting_compile(arch: str) -> None:
+def test_the_ops_beside_the_products_compile(arch: str) -> None:
     compiled = printed_by("compile_ops.py", arch)
     assert {kernel["kernel"] for kernel in compiled} == OPS
     for kernel in compiled:

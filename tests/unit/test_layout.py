@@ -73,6 +73,7 @@ LAYERS = (
             "ep.recovery",
             "ep.trace_log",
             "ep.router",
+            "ep.under_way",
             "ep.graph_router",
             "ep.group_router",
             "ep.shard",
