@@ -186,7 +186,8 @@ def _open_ipc(
             hosted.load()
             coordinator = ray.get_actor(setup.link.coordinator_name(), namespace=NAMESPACE)
             ray.get(coordinator.hosted_up.remote(setup.rank, hosted.listen()))
-            transport.host(setup.rank, hosted.launching_s)
+            if setup.on_gpu:  # elsewhere a launch is the job itself, however long that takes
+                transport.host(setup.rank, hosted.launching_s)
         membership = _membership(setup)
         members.append(membership)
         node_id = ray.get_runtime_context().get_node_id()
