@@ -16,9 +16,9 @@ from ep.bench.step_parts import LEAST_STEPS, StepParts, sum_up
 GATE = "_route_kernel"
 KINDS = {
     "gate": re.compile(f"^{GATE}$"),
-    "dispatch": re.compile(r"^dispatch_kernel$"),
-    "experts here": re.compile(r"^(_permute|_count|_place|grouped_gemm\w*|sum_choices)_kernel$"),
-    "experts elsewhere": re.compile(r"^wait_kernel$"),
+    "dispatch": re.compile(r"^(dispatch|_assign)_kernel$"),
+    "experts here": re.compile(r"^(_quantize_tokens|_permute|_count|_place|grouped_gemm\w*|sum_choices)_kernel$"),
+    "experts elsewhere": re.compile(r"^wait(_and_combine)?_kernel$"),
     "combine": re.compile(r"^combine_kernel$"),
     "attention": re.compile(r"attention|attn|flash|fmha|mla|reshape_and_cache|concat_and_cache", re.IGNORECASE),
     "products": re.compile(r"gemm|nvjet|cublas|cutlass|splitk|scaled_mm|(^|_)mm(_|$)", re.IGNORECASE),
@@ -57,13 +57,14 @@ def _parts(kernels: Sequence[Mapping[str, Any]], end: float) -> dict[str, float]
     for kernel in kernels:
         start, stop = float(kernel["ts"]), min(float(kernel["ts"]) + float(kernel["dur"]), end)
         spent[IDLE] += max(0.0, start - now)
-        spent[_kind(str(kernel["name"]))] += max(0.0, stop - max(start, now))
+        spent[kind_of(str(kernel["name"]))] += max(0.0, stop - max(start, now))
         now = max(now, stop)
     spent[IDLE] += max(0.0, end - now)
     return spent
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """Which of GPU_PARTS a kernel of this name is a part of, but for IDLE."""
     return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), REST)
 
 

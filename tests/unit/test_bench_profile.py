@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep.bench.profile import PARTS, read_profile, split_steps
-from ep.bench.profile_gpu import GATE, GPU_PARTS, split_gpu_steps
+from ep.bench.profile_gpu import GATE, GPU_PARTS, REST, kind_of, split_gpu_steps
 from ep.bench.step_parts import join
 from ep.errors import EpError
 from ep.placement import even_split
@@ -161,6 +162,13 @@ KERNELS = {
     "triton_red_fused_rms_norm_0": "rest of the model",
     "Memcpy DtoD (Device -> Device)": "rest of the model",
 }
+
+
+def test_every_kernel_of_a_routers_stream_has_its_part() -> None:
+    """take, collect and return run on a shard's stream only."""
+    sources = (Path(__file__).parents[2] / "kernels").glob("*.py")
+    ours = {name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert {name for name in ours if kind_of(name) == REST} == {"take_kernel", "collect_kernel", "return_kernel"}
 
 
 @given(
