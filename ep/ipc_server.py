@@ -15,18 +15,16 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 
 from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
+from ep.handover import Handover
 from ep.ipc_jobs import Demand, IpcLimits, bucket
 from ep.ipc_stats import IpcStats
 from ep.kernels import p2p
@@ -40,8 +38,9 @@ from ep.transport.ipc_handles import RouterHandles, ShardHandles
 from ep.transport.mailbox import MailboxBlock
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 _MASK = 0xFFFFFFFF
+ADD_EVERY = 1 << 16
+"""Launches, whose rows are fewer than 2^32."""
 
 
 @dataclass
@@ -102,7 +101,7 @@ class IpcServer:
         self._launched = self._in_vain = 0
         self._launch_began: float | None = None
         self._counting = threading.Lock()
-        self._commands: deque[Callable[[], None]] = deque()
+        self._handover = Handover()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._graphs: dict[int, Launch] = {}
@@ -124,13 +123,17 @@ class IpcServer:
 
     @property
     def stats(self) -> IpcStats:
-        """From any thread; the device's sums wrap around, so at least once in 2^32 tokens."""
+        """From any thread."""
+        self._add_counts()
+        jobs, messages, joined, tokens = self._counts
+        return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
+
+    def _add_counts(self) -> None:
+        """The device's sums wrap around."""
         sums = self._host_words[layout.DONE + 1 : layout.DONE + 1 + layout.NUM_COUNTS]
         with self._counting:
             for place, count in enumerate(sums):
                 self._counts[place] += (count - self._counts[place]) & _MASK
-            jobs, messages, joined, tokens = self._counts
-        return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
 
     @property
     def launching_s(self) -> float:
@@ -140,12 +143,13 @@ class IpcServer:
 
     def refresh(self) -> None:
         """Other generations are served now; when this returns the device knows."""
-        self._on_thread(self._refresh)
+        self._handover.call(self._refresh)
 
     def start(self) -> None:
         """Compiles and captures what jobs run, then serves on a thread of its own. Raises what capturing raised."""
         ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(ready,), name="ep-ipc-server", daemon=True)
+        self._handover.open(self._thread)
         self._thread.start()
         ready.wait()
         if self.error is not None:
@@ -161,11 +165,11 @@ class IpcServer:
                 f"router {handles.router_idx} sends {handles.message} to {handles.num_shards} shards, expected "
                 f"{self._message} to {self._block.num_shards}"
             )
-        return self._on_thread(lambda: self._attach(handles))
+        return self._handover.call(lambda: self._attach(handles))
 
     def detach(self, router_idx: int) -> None:
         """Forgets a router, alive or not; no-op if it is unknown."""
-        self._on_thread(lambda: self._detach(router_idx))
+        self._handover.call(lambda: self._detach(router_idx))
 
     def stop(self) -> None:
         """Jobs that are launched end first."""
@@ -217,9 +221,9 @@ class IpcServer:
             ready.set()
             idle_since = time.perf_counter()
             while not self._is_stopping:
-                if self._commands:
-                    self._commands.popleft()()
-                elif self.poll():
+                if self._handover.take():
+                    continue
+                if self.poll():
                     idle_since = time.perf_counter()
                 elif time.perf_counter() - idle_since > self._limits.spin_s:
                     self._rest()
@@ -233,9 +237,8 @@ class IpcServer:
             if ready.is_set() and self._on_failure is not None:
                 self._on_failure()
         finally:
+            self._handover.close()
             ready.set()
-            while self._commands:
-                self._commands.popleft()()
 
     def _rest(self) -> None:
         if self._limits.nap_s:
@@ -244,21 +247,6 @@ class IpcServer:
             time.sleep(self._limits.nap_s * (1 + 2 * waiting))
         else:
             os.sched_yield()
-
-    def _on_thread(self, work: Callable[[], T]) -> T:
-        """Runs work between two polls and returns what it returns."""
-        if self._thread is None or not self._thread.is_alive() or threading.current_thread() is self._thread:
-            return work()
-        result: Future[T] = Future()
-
-        def command() -> None:
-            try:
-                result.set_result(work())
-            except Exception as error:
-                result.set_exception(error)
-
-        self._commands.append(command)
-        return result.result()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -339,6 +327,8 @@ class IpcServer:
         self._launch_began = None
         self._launched = (self._launched + 1) & _MASK
         self._launches += 1
+        if self._launches % ADD_EVERY == 0:
+            self._add_counts()
         self._launch_ns += time.perf_counter_ns() - start
 
     def _run(self, capacity: int) -> None:

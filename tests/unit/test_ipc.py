@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ep import ipc_server
 from ep.errors import DeadlineError, OptionError, PlacementError, ShardFailedError, ShardLostError, TransportError
 from ep.ipc_jobs import IpcLimits
 from ep.ipc_server import IpcServer
@@ -139,6 +140,21 @@ def test_layers_of_two_routers_from_graphs(rig: Rig) -> None:
         assert server.stats.messages == 2 * 3 * LAYERS
         assert server.stats.joined > 0  # both routers ask for the same layers at the same time
         assert server.stats.jobs < server.stats.messages
+
+
+def test_sums_that_wrap_around_on_the_device_are_added_before_they_do_twice(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc_server, "ADD_EVERY", 1)
+    tokens, server = Tokens.random(5, experts=EXPERTS // 2), rig.servers[0]
+    counted = server._desk.words[layout.COUNTED + layout.TOKENS :][:1]
+    for _ in range(4):  # as after 2^31 rows more
+        counted += -(1 << 31)
+        tokens.send(rig.routers[0], 0)
+        rig.serve()
+        tokens.send(rig.routers[0], 1)  # launched when the sums before have come
+        rig.serve()
+    assert server.stats.tokens == 4 * (1 << 31) + 8 * 5
 
 
 def test_padding_is_neither_sent_nor_counted(rig: Rig) -> None:

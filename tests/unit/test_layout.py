@@ -78,6 +78,7 @@ LAYERS = (
             "ep.group_router",
             "ep.shard",
             "ep.far_shards",
+            "ep.handover",
             "ep.ipc_jobs",
             "ep.ipc_stats",
             "ep.ipc_options",
