@@ -9,6 +9,7 @@ from ep.bench.page import Report
 from ep.bench.plot import Figure, Series
 from ep.bench.rounds import Measured, idle_cores
 from ep.bench.serve import OUTPUT_LEN, ServeBench
+from ep.report.units import plural
 from ep.sheet import Sheet
 
 LATENCIES = ("ttft", "tpot", "itl")
@@ -22,7 +23,7 @@ def describe(result: ServeBench) -> Report:
         lengths = f"the prompts of a file, {options.output_len or 'its own'} output tokens"
     else:
         lengths = f"{options.input_len} + {options.output_len or OUTPUT_LEN} tokens"
-    what = f"{options.model}: {lengths}, median of {_num_rounds(points)} rounds"
+    what = f"{options.model}: {lengths}, median of {_num_rounds(points)}"
     beside = " beside native vLLM" if points[0].ratio else ""
     sheet = _one(f"{points[0].point.label}, {what}", points[0]) if len(points) == 1 else _sweep(what, points)
     summary = "" if result.incomplete is None else f"**Incomplete**: {result.incomplete}."
@@ -34,7 +35,7 @@ def describe(result: ServeBench) -> Report:
 def _num_rounds(points: Sequence[Measured]) -> str:
     """Of a server at a point; where one was interrupted the last points may have one less."""
     counts = {len(measured.rounds) // len(measured.servers) for measured in points}
-    return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return plural(counts.pop(), "round") if len(counts) == 1 else f"{min(counts)} to {max(counts)} rounds"
 
 
 def _one(title: str, measured: Measured) -> Sheet:

@@ -22,7 +22,7 @@ from ep.errors import EpError, OptionError
 
 _STOP_SECONDS = 30.0
 _GENERATED = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
-
+_ERROR = re.compile(r"ep: |([A-Za-z_]\w*\.)*\w*(Error|Exception)(: |$)")
 
 EP_COMMAND = (sys.executable, "-c", "from ep.cli import main; main()", "serve")
 
@@ -52,12 +52,12 @@ class Server:
         self._since = time.monotonic()
 
     def wait_until_ready(self, timeout_s: float) -> float:
-        """Seconds from the start until /health answered. Raises EpError when the process ends (with its last line) or
-        time is up."""
+        """Seconds from the start until /health answered. Raises EpError when the process ends, with the error that it
+        named last, or when time is up."""
         while not answers(self.url):
             if self._process.poll() is not None:
                 raise EpError(
-                    f"{self.log}: {self.name} ended with exit code {self._process.returncode}: {self._last_line()}"
+                    f"{self.log}: {self.name} ended with exit code {self._process.returncode}: {last_words(self.log)}"
                 )
             if time.monotonic() - self._since > timeout_s:
                 raise EpError(f"{self.log}: {self.name} did not answer {self.url}/health within {timeout_s:g} s")
@@ -111,9 +111,13 @@ class Server:
             return scripts[0] if scripts else process.name()
         return re.split(r"[.\s\d]", title.split("::", 1)[1])[0]
 
-    def _last_line(self) -> str:
-        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
+
+def last_words(log: Path) -> str:
+    """The last line that names an error, as Python and `ep` name theirs; else the last one. Behind an error there
+    may be many lines of what else ended."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
 def answers(url: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ep.bench.server import Server, free_port
+from ep.bench.server import Server, free_port, last_words
 from ep.errors import EpError
 
 # A server with a child that ignores SIGTERM, and a token counter as vLLM prints it.
@@ -60,3 +60,19 @@ def test_a_server_that_does_not_start_is_named_with_its_last_words(tmp_path: Pat
         server.wait_until_ready(30.0)
     assert str(tmp_path / "log") in str(error.value)
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("", "it printed nothing"),
+        ("\nstarting\n\n", "starting"),
+        ("ValueError: early\n  File x\nray.exceptions.RayError: a\nwarnings.warn('b')\n", "ray.exceptions.RayError: a"),
+        ("Traceback\n    raise NotImplementedError\nNotImplementedError\nprocess 3 ended\n", "NotImplementedError"),
+        ("INFO 1\nep: /models: no such directory\nbye\n", "ep: /models: no such directory"),
+        ("an Error: in the midst of a line\nErrors: 3\nlast\n", "last"),
+    ],
+)  # fmt: skip
+def test_the_last_error_is_told_whatever_follows_it(written: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(written)
+    assert last_words(tmp_path / "log") == words
