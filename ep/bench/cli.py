@@ -47,6 +47,9 @@ def _servers_flags(command: Any) -> Any:
 @_MODEL
 @click.option("--url", help="Measure this running server instead of starting one.")
 @click.option("--against", type=click.Choice(["native"]), help="Measure native vLLM on the same weights in turns.")
+@click.option(
+    "--one-by-one", is_flag=True, help="Start native vLLM when ours has ended: for what the machine has room for once."
+)
 @click.option("--checkpoint", metavar="DIR", help="The weights; with --url, the served model's tokenizer.")
 @click.option("--layers", type=click.IntRange(1), help="So many layers of the published shapes, with made-up weights.")
 @click.option("--concurrency", type=Listing(int), default=(), help="Requests in flight. [default: 16]")

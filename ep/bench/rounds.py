@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,35 +74,50 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasuredSweep:
-    """points: those with a round that all servers ended. incomplete: why there are no more, None where that is all."""
+    """targets: that were measured. points: those with a round that all of them ended. incomplete: why there are no
+    more, None where that is all."""
 
+    targets: tuple[Target, ...]
     points: tuple[Measured, ...]
     incomplete: str | None
 
 
 def measure(
-    points: Sequence[Point], load: Load, num_rounds: int, targets: Sequence[Target], terminal: Terminal, logs: Path
+    points: Sequence[Point],
+    load: Load,
+    num_rounds: int,
+    groups: Iterable[Sequence[Target]],
+    num_servers: int,
+    terminal: Terminal,
+    logs: Path,
 ) -> MeasuredSweep:
-    """Every round goes through all points and, at each, through all servers, which take turns in going first; a round
-    before them warms up and is thrown away. What ends it early, Ctrl-C or a server that fails, leaves the rounds
-    before.
+    """Every round goes through all points and, at each, through all servers that are up, which take turns in going
+    first; a round before them warms up and is thrown away. What ends it early, Ctrl-C or a server that fails, leaves
+    the rounds that all servers have ended, or all those that the next ones have not begun with.
+
+    groups: servers that are up at the same time, one list after the other; num_servers: in all of them.
 
     load: what all points have in common. Every round and point has prompts of its own, the same for all servers.
     Raises what ended the measurement before there was a round.
     """
     rounds: list[list[Round]] = [[] for _ in points]
-    total = (num_rounds + 1) * len(points) * len(targets)
+    total = (num_rounds + 1) * len(points) * num_servers
+    begun: list[Sequence[Target]] = []
     incomplete = None
     with terminal.progress("measuring", total=total, per_second=1) as (bar, task):
         try:
-            _take_turns(points, load, num_rounds, targets, terminal, logs, rounds, lambda: bar.advance(task))
+            for targets in groups:
+                begun.append(targets)
+                _take_turns(points, load, num_rounds, targets, terminal, logs, rounds, lambda: bar.advance(task))
         except (KeyboardInterrupt, EpError) as error:
             incomplete = str(error) or "interrupted"
-            rounds = [whole_rounds(of_point, len(targets)) for of_point in rounds]
+            measured = {one.server for of_point in rounds for one in of_point}
+            begun = [group for group in begun if measured.issuperset(target.name for target in group)]
+            rounds = [whole_rounds(of_point, sum(map(len, begun))) for of_point in rounds]
             if not any(rounds):
                 raise
     found = tuple(sum_up(point, of_point) for point, of_point in zip(points, rounds) if of_point)
-    return MeasuredSweep(found, incomplete)
+    return MeasuredSweep(tuple(target for group in begun for target in group), found, incomplete)
 
 
 def whole_rounds(rounds: Sequence[Round], num_servers: int) -> list[Round]:

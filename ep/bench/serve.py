@@ -1,14 +1,14 @@
 """`ep bench serve`: throughput and latency of a server as clients see them, alone or beside native vLLM's.
 
 Against native vLLM both servers stay up and take turns, so that the machine's drift meets both; what the idle one costs
-meanwhile is measured and reported.
+meanwhile is measured and reported. What fits a machine only once is measured one by one.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ep.bench.prompts import PromptFile, check_prompts
 from ep.bench.result import publish
 from ep.bench.rounds import Measured, measure
 from ep.bench.sweep import Point, sweep
-from ep.bench.targets import Wanted, start_targets
+from ep.bench.targets import Wanted, targets_in_turn
 from ep.errors import OptionError
 from ep.terminal import Terminal, state_dir
 
@@ -38,6 +38,7 @@ class ServeBenchOptions:
     concurrency, request_rate: the sweep, a list for one of them. prompts: a .jsonl file instead of random prompts of
     input_len tokens. num_prompts: of each round; None: by the point of the sweep, or all of the file's.
     ep_flags: further options of `ep serve`; native_flags of native vLLM; vllm_flags go to vLLM in both servers.
+    one_by_one: native vLLM is started when ours has ended.
     """
 
     model: str = "deepseek-v3"
@@ -59,6 +60,7 @@ class ServeBenchOptions:
     ep_flags: tuple[str, ...] = ()
     native_flags: tuple[str, ...] = ()
     vllm_flags: tuple[str, ...] = ()
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ def run(options: ServeBenchOptions, terminal: Terminal) -> ServeBench:
     logs.mkdir(parents=True)
     terminal.say(f"logs: {logs}")
     load = Load(None, options.input_len, options.output_len or OUTPUT_LEN, 0, options.seed, prompts=prompts)
-    with ExitStack() as stack:
-        targets = start_targets(_wanted(options), terminal, logs, stack)
-        measured = measure(points, load, options.rounds, targets, terminal, logs)
+    num_servers = 1 if options.against is None else 2
+    with closing(targets_in_turn(_wanted(options), terminal, logs)) as groups:
+        measured = measure(points, load, options.rounds, groups, num_servers, terminal, logs)
     return ServeBench(
         conditions=at,
         options=options,
-        commands={target.name: " ".join(target.server.command) for target in targets if target.server},
-        start_s={target.name: target.start_s for target in targets if target.server},
+        commands={target.name: " ".join(target.server.command) for target in measured.targets if target.server},
+        start_s={target.name: target.start_s for target in measured.targets if target.server},
         points=measured.points,
         incomplete=measured.incomplete,
     )
@@ -127,6 +129,7 @@ def _wanted(options: ServeBenchOptions) -> Wanted:
         options.vllm_flags,
         options.layers,
         options.native_flags,
+        options.one_by_one,
     )
 
 

@@ -24,6 +24,8 @@ def describe(result: ServeBench) -> Report:
     else:
         lengths = f"{options.input_len} + {options.output_len or OUTPUT_LEN} tokens"
     what = f"{options.model}: {lengths}, median of {_num_rounds(points)}"
+    if options.one_by_one:
+        what += ", one server after the other"
     beside = " beside native vLLM" if points[0].ratio else ""
     sheet = _one(f"{points[0].point.label}, {what}", points[0]) if len(points) == 1 else _sweep(what, points)
     summary = "" if result.incomplete is None else f"**Incomplete**: {result.incomplete}."
@@ -67,7 +69,7 @@ def _one(title: str, measured: Measured) -> Sheet:
     totals = [sum(s.cpu_s_per_1000_tokens.values()) for s in servers]
     if all(totals):
         row("CPU s per 1000 tokens: all", totals, 2)
-    if ratio:
+    if ratio and any(one.idle_cores for one in measured.rounds):
         words("cores used while the other runs", [f"{idle_cores(measured.rounds, n):.2f}" for n in measured.servers])
     columns = ("", *measured.servers, *(("ep / native",) if ratio else ()))
     return Sheet(title, columns, tuple(rows))

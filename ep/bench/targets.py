@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,17 @@ from ep.terminal import Terminal
 from ep.vllm_flags import KV_CACHE_BYTES
 
 _NATIVE = (sys.executable, "-m", "ep.bench.native_server")
+_MEMORY = "--gpu-memory-utilization"
+_HALF = 0.45
+"""Of a GPU's memory for each of two servers; vLLM's own default for one is 0.9."""
 
 
 @dataclass(frozen=True)
 class Wanted:
     """url: a server that runs, whose tokenizer `checkpoint` names; None: one is started on a Ray of its own. against:
     "native" or None. layers: so many of the published shapes, with made weights. ep_flags: further options of
-    `ep serve`; native_flags of native vLLM; vllm_flags go to vLLM in every server started here."""
+    `ep serve`; native_flags of native vLLM; vllm_flags go to vLLM in every server started here. one_by_one: a server is
+    started when the one before has ended."""
 
     model: str
     checkpoint: str | None
@@ -37,6 +41,7 @@ class Wanted:
     vllm_flags: tuple[str, ...] = ()
     layers: int | None = None
     native_flags: tuple[str, ...] = ()
+    one_by_one: bool = False
 
     def check(self) -> None:
         """Raises OptionError."""
@@ -44,6 +49,8 @@ class Wanted:
             raise OptionError(f"--against {self.against}: expected native")
         if self.native_flags and self.against is None:
             raise OptionError(f"--native-flags {self.native_flags[0]}: goes with --against native")
+        if self.one_by_one and (self.url is not None or self.against is None):
+            raise OptionError("--one-by-one: expected --against native, and no --url, whose server stays")
         if self.url is None:
             return
         if self.checkpoint is None:
@@ -56,47 +63,89 @@ class Wanted:
 
 
 def start_targets(wanted: Wanted, terminal: Terminal, logs: Path, stack: ExitStack) -> list[Target]:
-    """The servers, ended with the stack where they are ours. On GPUs, where a start is minutes of compiling, they start
-    together; else each answers before the next is started."""
-    from ep.target import resolve_target
+    """The servers, up at the same time, ended with the stack where they are ours. On GPUs, where a start is minutes of
+    compiling, they start together; else each answers before the next is started."""
+    starter = _Starter(wanted, terminal, logs)
+    commands = starter.commands()
+    flags = memory_flags(wanted, len(commands)) if count_gpus() else ()
+    if count_gpus():
+        servers = [starter.start(name, command, flags, stack) for name, command in commands.items()]
+        return starter.running + [starter.wait(server) for server in servers]
+    return starter.running + [
+        starter.wait(starter.start(name, command, flags, stack)) for name, command in commands.items()
+    ]
 
-    target = resolve_target(wanted.model, wanted.checkpoint, wanted.checkpoint is None, terminal, wanted.layers)
-    weights = str(target.checkpoint)
 
-    def start(name: str, command: Sequence[str], flags: Sequence[str]) -> Server:
-        port = free_port()
+def targets_in_turn(wanted: Wanted, terminal: Terminal, logs: Path) -> Generator[list[Target], None, None]:
+    """Servers that are up at the same time, a list of them after the other; they have ended when the next one comes, or
+    when this is closed."""
+    if not wanted.one_by_one:
+        with ExitStack() as stack:
+            yield start_targets(wanted, terminal, logs, stack)
+        return
+    starter = _Starter(wanted, terminal, logs)
+    for name, command in starter.commands().items():
+        with ExitStack() as stack:
+            yield [starter.wait(starter.start(name, command, (), stack))]
+
+
+def memory_flags(wanted: Wanted, num_servers: int) -> tuple[str, ...]:
+    """For vLLM in every server, where several share GPUs and the user says nothing of memory."""
+    said = (*wanted.ep_flags, *wanted.native_flags, *wanted.vllm_flags)
+    is_said = any(word.split("=")[0].replace("_", "-") == _MEMORY for word in said)
+    return () if is_said or num_servers < 2 else (_MEMORY, str(_HALF))
+
+
+class _Starter:
+    """Of the servers of one benchmark. running: those that are not ours."""
+
+    def __init__(self, wanted: Wanted, terminal: Terminal, logs: Path) -> None:
+        from ep.target import resolve_target
+
+        self._wanted, self._terminal, self._logs = wanted, terminal, logs
+        self._target = resolve_target(
+            wanted.model, wanted.checkpoint, wanted.checkpoint is None, terminal, wanted.layers
+        )
+        self._weights = str(self._target.checkpoint)
+        self.running: list[Target] = []
+        if wanted.url is not None:
+            model = served_model(wanted.url, os.environ.get("EP_API_KEY"))
+            self.running.append(Target("ep", wanted.url, model, self._weights))
+
+    def commands(self) -> dict[str, tuple[list[str], list[str]]]:
+        """Of the servers to be started: what comes before the address, and the flags for vLLM behind it."""
+        wanted, target, weights = self._wanted, self._target, self._weights
+        commands: dict[str, tuple[list[str], list[str]]] = {}
+        if wanted.url is None:
+            command = [*EP_COMMAND, wanted.model, "--checkpoint", weights, "--address", "local", "--verbose"]
+            commands["ep"] = ([*command, *wanted.ep_flags], ["--", *wanted.vllm_flags])
+        if wanted.against == "native":
+            made = _made_weights(weights) if target.made else _native_weights(target.checkpoint, self._terminal)
+            command = [*_NATIVE, *made, "--served-model-name", target.name]
+            if not count_gpus() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+                command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+            commands["native"] = (command, [*wanted.native_flags, *wanted.vllm_flags])
+        return commands
+
+    def start(
+        self, name: str, command: tuple[list[str], list[str]], flags: Sequence[str], stack: ExitStack
+    ) -> Server:
+        """Ended with the stack."""
+        port, (before, behind) = free_port(), command
         server = Server(
             name,
-            [*command, "--host", "127.0.0.1", "--port", str(port), *flags],
+            [*before, "--host", "127.0.0.1", "--port", str(port), *behind, *flags],
             f"http://127.0.0.1:{port}",
-            logs / f"{name}.log",
+            self._logs / f"{name}.log",
         )
         stack.callback(server.stop)
         return server
 
-    def wait(server: Server) -> Target:
-        with terminal.console.status(f"starting {server.name}"):
-            seconds = server.wait_until_ready(wanted.ready_s)
-        terminal.say(f"{server.name} answers after {seconds:.1f} s")
-        return Target(server.name, server.url, target.name, weights, server, seconds)
-
-    targets: list[Target] = []
-    commands: dict[str, tuple[list[str], list[str]]] = {}
-    if wanted.url is not None:
-        targets.append(Target("ep", wanted.url, served_model(wanted.url, os.environ.get("EP_API_KEY")), weights))
-    else:
-        command = [*EP_COMMAND, wanted.model, "--checkpoint", weights, "--address", "local", "--verbose"]
-        commands["ep"] = ([*command, *wanted.ep_flags], ["--", *wanted.vllm_flags])
-    if wanted.against == "native":
-        command = [*_NATIVE, *(_made_weights(weights) if target.made else _native_weights(target.checkpoint, terminal))]
-        command += ["--served-model-name", target.name]
-        if not count_gpus() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-        commands["native"] = (command, [*wanted.native_flags, *wanted.vllm_flags])
-    if count_gpus():
-        servers = [start(name, *command) for name, command in commands.items()]
-        return targets + [wait(server) for server in servers]
-    return targets + [wait(start(name, *command)) for name, command in commands.items()]
+    def wait(self, server: Server) -> Target:
+        with self._terminal.console.status(f"starting {server.name}"):
+            seconds = server.wait_until_ready(self._wanted.ready_s)
+        self._terminal.say(f"{server.name} answers after {seconds:.1f} s")
+        return Target(server.name, server.url, self._target.name, self._weights, server, seconds)
 
 
 def _made_weights(checkpoint: str) -> list[str]:
