@@ -55,9 +55,7 @@ class DataPlane:
             self.recording.recorder.before_close = self.take_load
 
     def take_load(self) -> None:
-        """Bring the counters up to date; not before the first step, while vLLM may be capturing graphs."""
-        if isinstance(self.router, GraphRouter | IpcRouter) and not self.router.has_begun:
-            return
+        """Bring the counters up to date."""
         with self.between_steps:
             self.router.take_load()
 

@@ -11,7 +11,6 @@ Shape legend: T tokens (padding included), H hidden, K top-k, L MoE layers, E lo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -21,12 +20,13 @@ import torch
 
 from ep.assign import Assigner
 from ep.errors import PlacementError
+from ep.ipc_setup import open_device
 from ep.link_stats import LinkStats
 from ep.model import ModelSpec
 from ep.placement import Placement
 from ep.recovery import Recovery, StepFailure
-from ep.share import WHOLE
-from ep.under_way import MAX_UNDER_WAY, UnderWay, decode_tokens
+from ep.share import ALL_ROWS, WHOLE
+from ep.under_way import StepsUnderWay, UnderWay, decode_tokens
 
 if TYPE_CHECKING:
     from ep.compute.base import ExpertCompute
@@ -60,15 +60,13 @@ class GraphRouter:
         self._open_slots = open_slots
         self._max_tokens = max_tokens
         self._compute: GpuCompute | None = None
-        self._device = device
+        self._device = open_device(device)
         self._stats = [LinkStats()]
         size = (spec.num_moe_layers, spec.num_experts)
         self._slot_of = torch.empty(size, dtype=torch.int32, device=device)
         self._sizes = torch.tensor([max_tokens, 0], dtype=torch.int32, device=device)
         self._load = torch.zeros(2, *size, dtype=torch.int64, device=device)
-        self._step = self._num_dispatched = 0
-        self._under_way: dict[int, UnderWay] = {}
-        self._lock = threading.Lock()
+        self._steps, self._num_dispatched = StepsUnderWay(), 0
         self._routed: torch.Tensor | None = None
         self.set_placement(placement)
 
@@ -91,50 +89,37 @@ class GraphRouter:
 
         num_decode: how many of the first rows are decode tokens; None: all if there is a token per request, else none.
         """
-        if not self.has_begun:
+        if not self._steps.newest:
             self._load.zero_()  # of what vLLM warmed up with
         num_decode = decode_tokens(num_tokens, num_requests, num_decode)
         for place, value in enumerate((num_tokens, num_decode)):
             self._sizes[place : place + 1].fill_(value)
-        self._step += 1
         if num_tokens:
             self._num_dispatched += self.spec.num_moe_layers
-        with self._lock:
-            self._under_way[self._step] = UnderWay(num_tokens, num_decode, self.placement.generation)
-            self._under_way.pop(self._step - MAX_UNDER_WAY, None)
-        yield self._step
+        yield self._steps.begin(UnderWay(num_tokens, num_decode, self.placement.generation, ALL_ROWS))
 
     def failure(self, step: int) -> StepFailure | None:
         """When the device is done with this step, from any thread, once each step: None, there is nothing to lose."""
-        with self._lock:
-            ended = self._under_way.pop(step, None)
+        ended = self._steps.end(step)
         if ended is not None and self.recorder is not None:
             ended.record(self.recorder, self._stats)
         return None
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether there was a step."""
-        return self._step > 0
-
     def take_load(self) -> None:
         """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
-        any thread, but not while the device captures graphs."""
-        self._drain()
+        any thread. Nothing before the first step: the device may be capturing graphs then."""
+        if not self._steps.newest:
+            return
+        self._device.drain()
         pairs = self._load.cpu().numpy().copy()
         self._load.zero_()
-        self._drain()
+        self._device.drain()
         (link,) = self._stats
         link.pairs += int(pairs.sum())
         link.tokens = link.pairs // self.spec.top_k
         link.requests = self._num_dispatched
         if self.recorder is not None:
             self.recorder.add_counts(pairs, self._stats)
-
-    def _drain(self) -> None:
-        """Waits for everything that was queued, by whichever thread."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor

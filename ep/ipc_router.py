@@ -36,7 +36,7 @@ from ep.recovery import Recovery, StepFailure
 from ep.share import WHOLE, Share
 from ep.transport.ipc import IpcTransport
 from ep.transport.ipc_device import IpcDevice
-from ep.under_way import MAX_UNDER_WAY, UnderWay, decode_tokens
+from ep.under_way import StepsUnderWay, UnderWay, decode_tokens
 
 if TYPE_CHECKING:
     from ep.assign import Assigner
@@ -104,9 +104,8 @@ class IpcRouter:
         self._far: FarShards | None = None
         self._stats = [LinkStats() for _ in range(transport.num_shards)]
         self._call: _Call | None = None
-        self._step = 0
+        self._steps = StepsUnderWay()
         self._now: UnderWay | None = None
-        self._under_way: dict[int, UnderWay] = {}
         self._episodes: deque[_Episode] = deque(maxlen=MAX_EPISODES)
         self._lost: dict[int, TransportError] = {}
         self._failed_in_row = 0
@@ -144,29 +143,27 @@ class IpcRouter:
         if error is not None and self.share.size == 1:
             raise error
         num_decode = decode_tokens(num_tokens, num_requests, num_decode)
-        self._step += 1
         # A captured step does not say which rows of its batch are this router's: its padding counts as none.
         now = UnderWay(num_tokens, num_decode, self.placement.generation, self.share.rows(num_tokens))
-        with self._lock:
-            if error is not None:  # the others are in the step already, and wait in its collectives
-                self._episodes.append(_Episode(self._step, self._step, error, is_lasting=True))
-            self._under_way[self._step] = now
-            self._under_way.pop(self._step - MAX_UNDER_WAY, None)
-        self._transport.begin_step(num_tokens, num_decode, self._step)
+        step = self._steps.begin(now)
+        if error is not None:  # the others are in the step already, and wait in its collectives
+            with self._lock:
+                self._episodes.append(_Episode(step, step, error, is_lasting=True))
+        self._transport.begin_step(num_tokens, num_decode, step)
         self._now = now
         try:
-            yield self._step
+            yield step
         finally:
             self._now = None
             far = self._far
             if far is not None and (failure := far.take_failure()) is not None:
                 with self._lock:
-                    self._episodes.append(_Episode(self._step, self._step, failure, is_lasting=True))
+                    self._episodes.append(_Episode(step, step, failure, is_lasting=True))
 
     def failure(self, step: int) -> StepFailure | None:
         """When the device is done with this step: what kept it from being whole. From any thread, once each step."""
+        ended = self._steps.end(step)
         with self._lock:
-            ended = self._under_way.pop(step, None)
             found = self._episode(step)
             self._failed_in_row = self._failed_in_row + 1 if found is not None else 0
             may_try = self._failed_in_row <= MAX_FAILED_IN_ROW
@@ -232,7 +229,9 @@ class IpcRouter:
 
     def take_load(self) -> None:
         """Adds what was counted on the device since the last time to `stats` and to the recorder; between steps, from
-        any thread, but not while the device captures graphs."""
+        any thread. Nothing before the first step: the device may be capturing graphs then."""
+        if not self._steps.newest:
+            return
         self._device.drain()
         carried = self._transport.take_carried()
         self._device.drain()
@@ -250,11 +249,6 @@ class IpcRouter:
             link.bytes_in += rows * self._transport.message.partial_row_bytes
         if self.recorder is not None:
             self.recorder.add_counts(carried.pairs, self._stats)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there was a step."""
-        return self._step > 0
 
     def stats(self) -> list[LinkStats]:
         """By shard, as of the last `take_load`. Round trips are not timed: no host takes part in them."""
@@ -282,7 +276,7 @@ class IpcRouter:
         self._lost = {**transport.lost_shards(), **self._lost}
         with self._lock:
             if first := transport.failed_step:
-                self._episodes.append(_Episode(first, self._step, transport.failure()))
+                self._episodes.append(_Episode(first, self._steps.newest, transport.failure()))
             transport.reset()
         for shard_idx, error in list(self._lost.items()):
             start = time.monotonic()

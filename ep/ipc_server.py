@@ -124,16 +124,16 @@ class IpcServer:
     @property
     def stats(self) -> IpcStats:
         """From any thread."""
-        self._add_counts()
-        jobs, messages, joined, tokens = self._counts
+        jobs, messages, joined, tokens = self._add_counts()
         return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
 
-    def _add_counts(self) -> None:
-        """The device's sums wrap around."""
+    def _add_counts(self) -> list[int]:
+        """All there is until now: the device's sums wrap around."""
         sums = self._host_words[layout.DONE + 1 : layout.DONE + 1 + layout.NUM_COUNTS]
         with self._counting:
             for place, count in enumerate(sums):
                 self._counts[place] += (count - self._counts[place]) & _MASK
+            return list(self._counts)
 
     @property
     def launching_s(self) -> float:

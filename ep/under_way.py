@@ -1,14 +1,14 @@
-"""A step that is launched and not yet known to have ended, as its router remembers it."""
+"""Steps that are launched and not yet known to have ended, as their router remembers them."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ep.link_stats import LinkStats
 from ep.recorder import LoadRecorder
-from ep.share import ALL_ROWS
 
 MAX_UNDER_WAY = 16
 """Steps that are launched before the first of them is asked about; older ones are forgotten."""
@@ -22,7 +22,7 @@ class UnderWay:
     num_tokens: int
     num_decode: int
     generation: int
-    rows: slice = field(default_factory=lambda: ALL_ROWS)
+    rows: slice
     began: float = field(default_factory=time.monotonic)
     wall: float = field(default_factory=time.time)
 
@@ -35,6 +35,29 @@ class UnderWay:
         """It has ended, now; its layers are counted elsewhere."""
         seconds = time.monotonic() - self.began
         recorder.add_step(links, self.wall, seconds, *self.counted(), self.generation)
+
+
+class StepsUnderWay:
+    """Of one router, numbered from 1 on; newest: the number of the last one that has begun, 0 before there is one. Any
+    thread may end them."""
+
+    def __init__(self) -> None:
+        self.newest = 0
+        self._known: dict[int, UnderWay] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, step: UnderWay) -> int:
+        """Its number."""
+        with self._lock:
+            self.newest += 1
+            self._known[self.newest] = step
+            self._known.pop(self.newest - MAX_UNDER_WAY, None)
+            return self.newest
+
+    def end(self, number: int) -> UnderWay | None:
+        """None for one that has ended already or is forgotten."""
+        with self._lock:
+            return self._known.pop(number, None)
 
 
 def decode_tokens(num_tokens: int, num_requests: int, num_decode: int | None) -> int:

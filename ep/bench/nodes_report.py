@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ep.bench.greedy import ANSWER_LEN, NUM_PROMPTS
 from ep.bench.nodes import NodesBench, NodesPoint
-from ep.bench.page import Report
+from ep.bench.page import Report, incomplete
 from ep.bench.plot import Figure, Series
 from ep.report.units import plural
 from ep.sheet import Sheet
@@ -23,9 +23,8 @@ def describe(result: NodesBench) -> Report:
             f" Host {result.loss.host} was cut off under load; `ep status` named it {result.loss.named_s:g} s later. "
             f"A request was told: {result.loss.error or 'nothing, it was answered'}."
         )
-    if result.incomplete is not None:
-        summary = f"**Incomplete**: {result.incomplete}.\n\n{summary}"
-    return Report("The same load on several nodes", _sheets(result), _figures(result), summary, _notes(result))
+    report = Report("The same load on several nodes", _sheets(result), _figures(result), summary, _notes(result))
+    return incomplete(report, result.incomplete)
 
 
 def _sheets(result: NodesBench) -> tuple[Sheet, ...]:
@@ -44,8 +43,6 @@ def _sheets(result: NodesBench) -> tuple[Sheet, ...]:
     )
     if result.loss is not None:
         note = f"`ep status` named the lost host after {result.loss.named_s:g} s. {note}"
-    if result.incomplete is not None:
-        note = f"INCOMPLETE: {result.incomplete}. {note}"
     rows = tuple(_row(point) for point in result.points)
     return (Sheet(title, columns, rows, note, text_columns=0, spare=(3, 6, 8)), _link_sheet(result))
 

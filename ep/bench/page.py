@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ep.bench.conditions import Conditions
@@ -28,6 +28,15 @@ class Report:
     figures: tuple[Figure, ...] = ()
     summary: str = ""
     notes: tuple[str, ...] = ()
+
+
+def incomplete(report: Report, why: str | None) -> Report:
+    """The report of what was not measured to its end, which its summary and its first table say; as it is for None."""
+    if why is None:
+        return report
+    first, *others = report.sheets
+    marked = replace(first, note=f"INCOMPLETE: {why}. {first.note}".strip())
+    return replace(report, sheets=(marked, *others), summary=f"**Incomplete**: {why}.\n\n{report.summary}".strip())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +96,6 @@ def measure(
     the rounds that all servers have ended, or all those that the next ones have not begun with.
 
     groups: servers that are up at the same time, one list after the other; num_servers: in all of them.
-
     load: what all points have in common. Every round and point has prompts of its own, the same for all servers.
     Raises what ended the measurement before there was a round.
     """
@@ -108,7 +107,12 @@ def measure(
         try:
             for targets in groups:
                 begun.append(targets)
-                _take_turns(points, load, num_rounds, targets, terminal, logs, rounds, lambda: bar.advance(task))
+                for point_idx, found in _take_turns(points, load, num_rounds, targets, logs):
+                    bar.advance(task)
+                    if found.round_idx >= 0:
+                        rounds[point_idx].append(found)
+                        speed = f"{found.server} {found.served.output_tokens_per_s:.0f} tokens/s"
+                        terminal.say(f"round {found.round_idx}, {points[point_idx].label}: {speed}")
         except (KeyboardInterrupt, EpError) as error:
             incomplete = str(error) or "interrupted"
             measured = {one.server for of_point in rounds for one in of_point}
@@ -116,8 +120,8 @@ def measure(
             rounds = [whole_rounds(of_point, sum(map(len, begun))) for of_point in rounds]
             if not any(rounds):
                 raise
-    found = tuple(sum_up(point, of_point) for point, of_point in zip(points, rounds) if of_point)
-    return MeasuredSweep(tuple(target for group in begun for target in group), found, incomplete)
+    summed_up = tuple(sum_up(point, of_point) for point, of_point in zip(points, rounds) if of_point)
+    return MeasuredSweep(tuple(target for group in begun for target in group), summed_up, incomplete)
 
 
 def whole_rounds(rounds: Sequence[Round], num_servers: int) -> list[Round]:
@@ -127,16 +131,9 @@ def whole_rounds(rounds: Sequence[Round], num_servers: int) -> list[Round]:
 
 
 def _take_turns(
-    points: Sequence[Point],
-    load: Load,
-    num_rounds: int,
-    targets: Sequence[Target],
-    terminal: Terminal,
-    logs: Path,
-    rounds: list[list[Round]],
-    advance: Callable[[], None],
-) -> None:
-    """rounds: by point; every run of the client is appended as it ends."""
+    points: Sequence[Point], load: Load, num_rounds: int, targets: Sequence[Target], logs: Path
+) -> Iterator[tuple[int, Round]]:
+    """Every run of the client as it ends, with which point it is of; round -1 warms up."""
     for round_idx in range(-1, num_rounds):
         for point_idx, point in enumerate(points):
             seed = load.seed + (round_idx + 1) * len(points) + point_idx
@@ -150,12 +147,7 @@ def _take_turns(
             for target in targets if round_idx % 2 else targets[::-1]:
                 others = [other.server for other in targets if other is not target and other.server]
                 name = f"{target.name}-{point_idx}-{round_idx if round_idx >= 0 else 'warm-up'}"
-                found = _round(at, target, others, round_idx, logs, name)
-                advance()
-                if round_idx >= 0:
-                    rounds[point_idx].append(found)
-                    speed = f"{target.name} {found.served.output_tokens_per_s:.0f} tokens/s"
-                    terminal.say(f"round {round_idx}, {point.label}: {speed}")
+                yield point_idx, _round(at, target, others, round_idx, logs, name)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -86,9 +86,9 @@ def run(options: ServeBenchOptions, terminal: Terminal) -> ServeBench:
     logs.mkdir(parents=True)
     terminal.say(f"logs: {logs}")
     load = Load(None, options.input_len, options.output_len or OUTPUT_LEN, 0, options.seed, prompts=prompts)
-    num_servers = 1 if options.against is None else 2
-    with closing(targets_in_turn(_wanted(options), terminal, logs)) as groups:
-        measured = measure(points, load, options.rounds, groups, num_servers, terminal, logs)
+    wanted = _wanted(options)
+    with closing(targets_in_turn(wanted, terminal, logs)) as groups:
+        measured = measure(points, load, options.rounds, groups, wanted.num_servers, terminal, logs)
     return ServeBench(
         conditions=at,
         options=options,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ep.bench.page import Report
+from ep.bench.page import Report, incomplete
 from ep.bench.plot import Figure, Series
 from ep.bench.rounds import Measured, idle_cores
 from ep.bench.serve import OUTPUT_LEN, ServeBench
@@ -28,10 +27,8 @@ def describe(result: ServeBench) -> Report:
         what += ", one server after the other"
     beside = " beside native vLLM" if points[0].ratio else ""
     sheet = _one(f"{points[0].point.label}, {what}", points[0]) if len(points) == 1 else _sweep(what, points)
-    summary = "" if result.incomplete is None else f"**Incomplete**: {result.incomplete}."
-    if result.incomplete is not None:
-        sheet = replace(sheet, note=f"INCOMPLETE: {result.incomplete}. {sheet.note}".strip())
-    return Report(f"Serving {options.model}{beside}", (sheet,), tuple(_figures(points)), summary)
+    report = Report(f"Serving {options.model}{beside}", (sheet,), tuple(_figures(points)))
+    return incomplete(report, result.incomplete)
 
 
 def _num_rounds(points: Sequence[Measured]) -> str:

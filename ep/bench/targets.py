@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ep.bench.rounds import Target
@@ -43,6 +43,11 @@ class Wanted:
     native_flags: tuple[str, ...] = ()
     one_by_one: bool = False
 
+    @property
+    def num_servers(self) -> int:
+        """That are measured."""
+        return 1 if self.against is None else 2
+
     def check(self) -> None:
         """Raises OptionError."""
         if self.against not in (None, "native"):
@@ -65,15 +70,16 @@ class Wanted:
 def start_targets(wanted: Wanted, terminal: Terminal, logs: Path, stack: ExitStack) -> list[Target]:
     """The servers, up at the same time, ended with the stack where they are ours. On GPUs, where a start is minutes of
     compiling, they start together; else each answers before the next is started."""
+    on_gpu = bool(count_gpus())
+    if on_gpu:
+        num_started = wanted.num_servers - (wanted.url is not None)
+        wanted = replace(wanted, vllm_flags=(*wanted.vllm_flags, *memory_flags(wanted, num_started)))
     starter = _Starter(wanted, terminal, logs)
-    commands = starter.commands()
-    flags = memory_flags(wanted, len(commands)) if count_gpus() else ()
-    if count_gpus():
-        servers = [starter.start(name, command, flags, stack) for name, command in commands.items()]
+    commands = starter.commands().items()
+    if on_gpu:
+        servers = [starter.start(name, command, stack) for name, command in commands]
         return starter.running + [starter.wait(server) for server in servers]
-    return starter.running + [
-        starter.wait(starter.start(name, command, flags, stack)) for name, command in commands.items()
-    ]
+    return starter.running + [starter.wait(starter.start(name, command, stack)) for name, command in commands]
 
 
 def targets_in_turn(wanted: Wanted, terminal: Terminal, logs: Path) -> Generator[list[Target], None, None]:
@@ -86,7 +92,7 @@ def targets_in_turn(wanted: Wanted, terminal: Terminal, logs: Path) -> Generator
     starter = _Starter(wanted, terminal, logs)
     for name, command in starter.commands().items():
         with ExitStack() as stack:
-            yield [starter.wait(starter.start(name, command, (), stack))]
+            yield [starter.wait(starter.start(name, command, stack))]
 
 
 def memory_flags(wanted: Wanted, num_servers: int) -> tuple[str, ...]:
@@ -127,14 +133,12 @@ class _Starter:
             commands["native"] = (command, [*wanted.native_flags, *wanted.vllm_flags])
         return commands
 
-    def start(
-        self, name: str, command: tuple[list[str], list[str]], flags: Sequence[str], stack: ExitStack
-    ) -> Server:
+    def start(self, name: str, command: tuple[list[str], list[str]], stack: ExitStack) -> Server:
         """Ended with the stack."""
         port, (before, behind) = free_port(), command
         server = Server(
             name,
-            [*before, "--host", "127.0.0.1", "--port", str(port), *behind, *flags],
+            [*before, "--host", "127.0.0.1", "--port", str(port), *behind],
             f"http://127.0.0.1:{port}",
             self._logs / f"{name}.log",
         )

@@ -92,7 +92,9 @@ class IpcTransport:
         self.begin_step(message.max_tokens, 0)
         self.set_placement(placement)
         device.synchronize()
-        self._watch = WaitWatch(router_idx, self._host, num_shards, deadline_s, is_lost, self.abort, self._is_refused)
+        self._watch = WaitWatch(
+            router_idx, self._host, num_shards, deadline_s, is_lost, self.abort, self._note_refusals
+        )
 
     @property
     def buffer_bytes(self) -> int:
@@ -233,8 +235,7 @@ class IpcTransport:
         """Those to `replace` before anything is sent again: whose processes ended, and those that were given up; those
         that are late only without any of these."""
         broken = (self._block.refusals[self.router_idx, :, 1] == mailbox.BROKEN).nonzero()[0].tolist()
-        lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken}
-        lost.update(self._lost)
+        lost: dict[int, TransportError] = {shard_idx: _broken(shard_idx) for shard_idx in broken} | self._lost
         for shard_idx in range(self.num_shards):
             if shard_idx not in lost and (reason := self._watch.find_loss(shard_idx)) is not None:
                 lost[shard_idx] = ShardLostError(shard_idx, reason)
@@ -247,9 +248,9 @@ class IpcTransport:
         late = self._host[layout.LATE : layout.LATE + self.num_shards].nonzero()[0]
         return {int(shard_idx): DeadlineError(int(shard_idx), self.deadline_s) for shard_idx in late}
 
-    def _is_refused(self, seq: int) -> bool:
-        """By a shard that says so of this very message: what it says of one before comes late, when that step has ended
-        already. One whose serving has ended answers none."""
+    def _note_refusals(self, seq: int) -> bool:
+        """Whether there are any of this very message: what a shard says of one before comes late, when that step has
+        ended already. One whose serving has ended answers none."""
         for shard_idx, (refused, code, value) in enumerate(self._block.refusals[self.router_idx].tolist()):
             if code == mailbox.BROKEN:
                 self._refused[shard_idx] = _broken(shard_idx)

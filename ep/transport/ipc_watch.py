@@ -28,8 +28,8 @@ IsLost = Callable[[int], str | None]
 
 class WaitWatch:
     """host: the router's words in host memory. is_lost: what else is known about shards than whether their processes
-    run. abort: called with a shard that is lost, and why. is_refused: whether a shard will not answer the message that
-    is awaited, by its number. Holds `lock` while it looks.
+    run. abort: called with a shard that is lost, and why. note_refusals: called with the number of the message that is
+    awaited, whether a shard refuses it. Holds `lock` while it looks.
 
     launching_s: for how long a shard in this process has been at a launch, where there is one. A GPU may load what has
     not run before only when it is idle: a router that does so while it waits for a shard whose own router does the same
@@ -44,7 +44,7 @@ class WaitWatch:
         deadline_s: float,
         is_lost: IsLost | None,
         abort: Callable[[int, str], None],
-        is_refused: Callable[[int], bool],
+        note_refusals: Callable[[int], bool],
     ) -> None:
         self.lock = threading.Lock()
         self.is_lost = is_lost
@@ -54,7 +54,7 @@ class WaitWatch:
         self._waiting: int | None = None
         self._since = 0.0
         self._router_idx, self._host, self._num_shards, self._deadline_s = router_idx, host, num_shards, deadline_s
-        self._abort, self._is_refused = abort, is_refused
+        self._abort, self._note_refusals = abort, note_refusals
         self._sentinels: dict[int, ProcessSentinel] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ep-ipc-watchdog", daemon=True)
@@ -107,7 +107,7 @@ class WaitWatch:
             if reason is not None:
                 log.warning("router %d: shard %d is lost: %s", self._router_idx, shard_idx, reason)
                 self._abort(shard_idx, reason)
-        if self._is_refused(seq):
+        if self._note_refusals(seq):
             self._host[layout.ABORT] = 1
         launching_s = self.launching_s()
         # Once for each launch: one that goes on when the device is idle waits for something else.
