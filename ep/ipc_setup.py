@@ -24,9 +24,8 @@ DEPTH, LINGER_S, PATIENCE = 8, 5e-3, 1 << 13
 """Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another. A look takes
 somewhat less than a microsecond."""
 WINDOW = 512
-"""Looks for a router that is likely to ask for the layer of a message that is there, about 0.4 ms: longer than
-attention takes from one layer to the next, so that routers that decode fall into step, shorter than to read the experts
-again."""
+"""Looks that a message is worth which joins another's job, about 0.2 ms (kernels/p2p.py `take`): less than it takes to
+read the experts of a layer again, where a GPU has 20 or more of DeepSeek-V3's."""
 HOSTED_NAP_S = 5e-5
 """A shard in a router's process leaves the interpreter to the router; meanwhile jobs that wait on the GPU serve, and
 each of them lets it rest longer (IpcServer)."""

@@ -42,8 +42,11 @@ LOOK = 64
 """Polls of a job that waits for a message between looks at its host's word."""
 FLAG_LOOKS, FLAG_BLOCK = 1 << 14, 256
 """Looks for the rows of a message whose header is there (about 15 ms), and how many flags are looked at together."""
-FIRST_LAYER = 4
-"""By so much longer a job waits for other routers at the first layer: between two steps their hosts have a part."""
+CREDIT = 8
+"""Windows that jobs may wait for routers, for each layer and for what lies between two steps as for two more: about
+half a step of one of two routers, which then are in step."""
+RETRY = 16
+"""Jobs after which a window of them is paid back by itself, so that who was waited for in vain is tried again."""
 JOIN_ROWS = 256
 """Up to here a message is waited for, or waits for others: the experts' weights are most of what a job of it reads."""
 COMBINE_BLOCK = 1024
@@ -259,10 +262,14 @@ def take(
     for every piece of it. The host, which sees it too, launches one of that size.
 
     Looks at most `patience` times for one, only once after a job that found none or when the host says so; a job of no
-    rows is the result then. A router whose last message was for the layer before is likely to ask for this one next:
-    at most `window` looks more are spent on such routers, FIRST_LAYER times as many where a step begins, so that the
-    experts' weights are read once for all of them; who does not come is not waited for again before its next message.
-    Messages of other generations, layers or lengths are left for the host to refuse.
+    rows is the result then. Messages of other generations, layers or lengths are left for the host to refuse.
+
+    Routers that decode are to ask for a layer at the same time, so that the experts' weights are read once for all of
+    them: who is less than half of the layers behind another is answered first, and the other's message is held until
+    they meet. While nobody can be answered, that costs looks, which are a debt; each message that joins another's job
+    pays `window` of it, about what it saves. A job waits until the debt is CREDIT * window * (L + 2), then not at
+    all until half of that is paid; RETRY. So waiting never takes longer, all in all, than what joining has saved and
+    one credit. Who does not come is not waited for again before its next message.
     """
     num_routers = len(desk.inboxes)
     take_kernel[(1,)](
@@ -270,11 +277,12 @@ def take(
         job.layer_idx, job.num_tokens, message.flags_offset, message.header_offset, capacity, largest, likely,
         message.max_tokens, num_layers, patience, window, ROUTERS=num_routers,
         PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, LIKELY_UNIT=layout.LIKELY_UNIT,
-        FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1], FIRST_LAYER=FIRST_LAYER,
-        JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, IDLE=layout.IDLE, COUNTED=layout.COUNTED, STOP=layout.STOP,
-        JOB_LAYER=layout.JOB_LAYER, ENDED=layout.ENDED, NUMBERS=layout.NUMBERS, ROW_BITS=layout.ROW_BITS,
-        TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT, LAYER_AT=layout.LAYER_AT,
-        MAX_TOKENS=layout.MAX_MESSAGE_TOKENS, GENERATIONS=layout.NUM_GENERATIONS, LAYERS=layout.MAX_LAYERS, num_warps=1,
+        FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1], CREDIT=CREDIT, RETRY=RETRY,
+        JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, DEBT=layout.DEBT, IDLE=layout.IDLE, COUNTED=layout.COUNTED,
+        STOP=layout.STOP, JOB_LAYER=layout.JOB_LAYER, ENDED=layout.ENDED, NUMBERS=layout.NUMBERS,
+        ROW_BITS=layout.ROW_BITS, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT,
+        LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS, GENERATIONS=layout.NUM_GENERATIONS,
+        LAYERS=layout.MAX_LAYERS, num_warps=1,
     )  # fmt: skip
 
 

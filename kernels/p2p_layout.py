@@ -34,13 +34,13 @@ SEQ, SENT, STEP, NUM_TOKENS, NUM_DECODE, FAILED, GENERATION = (slot * (LINE // 4
 last one that was sent. STEP: the step's number, from 1 on. NUM_TOKENS, NUM_DECODE: its real rows, the first of which
 are decode. FAILED: 1 after a wait was given up. GENERATION: of the placement that it routes by."""
 
-JOB, RETURNED, NEXT, IDLE, COUNTED, POLLED, WAITED, LOOKED = (slot * (LINE // 4) for slot in range(8))
+JOB, RETURNED, NEXT, DEBT, IDLE, COUNTED, POLLED, WAITED, LOOKED = (slot * (LINE // 4) for slot in range(9))
 """Places in a shard's words [NUM_WORDS] int32 on its device. JOB: jobs that have ended. RETURNED: a count of programs.
-NEXT: the router that is looked at first. IDLE: 1 after a job that found no message. COUNTED: from here on NUM_COUNTS
-sums. POLLED, WAITED, LOOKED: the twin's looks for a message, for further ones and
-for a message's rows."""
+NEXT: the router that is looked at first. DEBT: looks for further messages that have not paid yet. IDLE: 1 after a job
+that found no message. COUNTED: from here on NUM_COUNTS sums. POLLED, WAITED, LOOKED: the twin's looks for a message,
+for further ones and for a message's rows."""
 
-NUM_WORDS = 8 * (LINE // 4)
+NUM_WORDS = 9 * (LINE // 4)
 
 JOBS, MESSAGES, JOINED, TOKENS = range(4)
 """What is summed up: jobs that found messages, if only some that they left to a larger job, messages that are answered,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import FIRST_LAYER, FLAG_LOOKS, JOIN_ROWS, WINDOW, Desk, Job, Plan, Tables
+from ep.kernels.p2p import CREDIT, FLAG_LOOKS, JOIN_ROWS, LOOK, RETRY, WINDOW, Desk, Job, Plan, Tables
 from ep.kernels.p2p_layout import Header, MessageShape, pack_header
 from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
 
@@ -181,16 +181,21 @@ def take(
     host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
     words = desk.words
     waiting.sort(key=lambda one: (one[0] - int(words[layout.NEXT])) % len(desk.inboxes))
-    lead = waiting[:1]
-    missing = _on_their_way(desk, lead[0][1], headers, asked) if lead else []
+    behind = {router: _behind(desk, header, num_layers, headers, asked) for router, header in waiting}
+    lead = ([one for one in waiting if not behind[one[0]]] or waiting)[:1]
+    missing = [router for router in behind[lead[0][0]] if router not in dict(asked)] if lead else []
+    debt, credit = int(words[layout.DEBT]), CREDIT * window * (num_layers + 2)
     if not lead:
         is_over = bool(asked or words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
     else:
-        is_over = not missing or words[layout.WAITED] >= window * (1 if lead[0][1].layer_pos else FIRST_LAYER)
-    if not is_over and not host[layout.STOP]:
+        is_over = not missing or words[layout.WAITED] >= (credit - debt if 2 * debt <= credit else 0)
+    if not is_over:
         words[layout.WAITED if lead else layout.POLLED] += 1
-        return False
+        if not host[layout.STOP] or (words[layout.WAITED] + words[layout.POLLED]) % LOOK:
+            return False
+    waited = int(words[layout.WAITED])
     asking = [(router, header) for router, header in waiting if header.layer_pos == lead[0][1].layer_pos]
+    asking.sort(key=lambda one: (one[0] - lead[0][0]) % len(desk.inboxes))
     inboxes = {router: Inbox.at(int(desk.inboxes[router]), message) for router, _ in asking}
     flags = {router: inboxes[router].flags[: header.num_tokens].clone() for router, header in asking}
     is_late = {router: bool((flags[router] | 1 != _wrapped(2 * header.seq) | 1).any()) for router, header in asking}
@@ -230,20 +235,31 @@ def take(
         words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
     job.job[layout.JOB_LAYER] = lead[0][1].layer_pos if lead else 0
     job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], total
+    earned = window * max(parts - 1, 0) + found * -(-window // RETRY)
+    words[layout.DEBT] = max(debt + waited - earned, 0)
     words[layout.IDLE] = int(not found)
     counted = words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
     counted += torch.tensor([found, answered, parts if parts > 1 else 0, total], dtype=torch.int32)
     return True
 
 
-def _on_their_way(
-    desk: Desk, lead: Header, headers: list[tuple[int, Header]], asked: list[tuple[int, Header]]
+def _behind(
+    desk: Desk, header: Header, num_layers: int, headers: list[tuple[int, Header]], asked: list[tuple[int, Header]]
 ) -> list[int]:
-    """Routers that are likely to ask for the same layer next, where that is worth waiting for."""
-    if lead.num_tokens > JOIN_ROWS:
+    """Routers for which a message is held, those that have asked for an earlier layer included."""
+    if header.num_tokens > JOIN_ROWS:
         return []
-    here = {router for router, _ in headers} - {router for router, _ in asked}
-    return [router for router in sorted(here) if desk.taken[router, 3] == lead.layer_pos]
+    found = []
+    for router, _ in headers:
+        theirs = dict(asked).get(router)
+        if theirs is None:
+            position = int(desk.taken[router, 3])
+        else:
+            position = theirs.layer_pos if theirs.num_tokens <= JOIN_ROWS else -1
+        lag = (header.layer_pos - position) % num_layers
+        if position >= 0 and 2 * lag < num_layers and (lag or theirs is None):
+            found.append(router)
+    return found
 
 
 def _headers(desk: Desk, message: MessageShape) -> Iterator[tuple[int, Header]]:

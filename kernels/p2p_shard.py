@@ -28,18 +28,21 @@ def _fits(count, capacity, largest, likely, LIKELY_UNIT: tl.constexpr):
 
 
 @triton.jit
-def _lead(is_waiting, layer, count, turn, PAD_R: tl.constexpr):
-    """The router whose turn it is, as a mask, and its layer and tokens."""
-    turn = tl.where(is_waiting, turn, PAD_R)
+def _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers, PAD_R: tl.constexpr,
+          JOIN_ROWS: tl.constexpr):  # fmt: skip
+    """The router that is to be answered next, as a mask, and its layer; 1 for every router that it is held for: who has
+    not asked yet, is likely to ask for this layer or for one before it, and would rather be met than followed."""
+    is_small = count <= JOIN_ROWS
+    position = tl.where(has_asked, tl.where(is_small, layer, -1), tl.where(is_here, expected, -1))
+    lag = layer[:, None] - position[None, :]
+    lag = tl.where(lag < 0, lag + num_layers, lag)
+    is_near = (position[None, :] >= 0) & (2 * lag < num_layers) & (is_waiting & is_small)[:, None]
+    is_behind = (is_near & ((lag > 0) | (has_asked[None, :] == 0))).to(tl.int32)
+    is_free = (is_waiting & (tl.max(is_behind, 1) == 0)).to(tl.int32)
+    turn = tl.where((is_free != 0) | (is_waiting & (tl.max(is_free, 0) == 0)), turn, PAD_R)
     is_lead = is_waiting & (turn == tl.min(turn, 0))
-    return is_lead, tl.sum(tl.where(is_lead, layer, 0), 0), tl.sum(tl.where(is_lead, count, 0), 0)
-
-
-@triton.jit
-def _missing(is_here, has_asked, expected, lead_layer, lead_count, JOIN_ROWS: tl.constexpr):
-    """1 for every router that is worth waiting for: it is likely to ask for this layer next."""
-    is_expected = is_here & (expected == lead_layer) & (lead_count <= JOIN_ROWS)
-    return tl.where(is_expected, 1 - has_asked.to(tl.int32), 0)
+    missing = tl.max(tl.where(is_lead[:, None] & (has_asked[None, :] == 0), is_behind, 0), 0)
+    return is_lead, tl.sum(tl.where(is_lead, layer, 0), 0), missing
 
 
 @triton.jit(do_not_specialize=["host_address", "capacity", "largest", "likely", "max_tokens", "num_layers", "patience",
@@ -50,10 +53,11 @@ def take_kernel(
     window,
     ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr,
     LIKELY_UNIT: tl.constexpr, FLAG_LOOKS: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIRST_LAYER: tl.constexpr, JOIN_ROWS: tl.constexpr, NEXT: tl.constexpr,
-    IDLE: tl.constexpr, COUNTED: tl.constexpr, STOP: tl.constexpr, JOB_LAYER: tl.constexpr, ENDED: tl.constexpr,
-    NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr, TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr,
-    LAYER_AT: tl.constexpr, MAX_TOKENS: tl.constexpr, GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CREDIT: tl.constexpr, RETRY: tl.constexpr, JOIN_ROWS: tl.constexpr,
+    NEXT: tl.constexpr, DEBT: tl.constexpr, IDLE: tl.constexpr, COUNTED: tl.constexpr, STOP: tl.constexpr,
+    JOB_LAYER: tl.constexpr, ENDED: tl.constexpr, NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr,
+    TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr, MAX_TOKENS: tl.constexpr,
+    GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
     """One program. It looks at host memory, which is far, once in LOOK polls."""
     router = tl.arange(0, PAD_R)
@@ -72,6 +76,8 @@ def take_kernel(
     joined, tokens = tl.load(counted + 2), tl.load(counted + 3)
     host = host_address.to(tl.pointer_type(tl.int32))
     limit = tl.where(tl.load(words_ptr + IDLE) != 0, 1, tl.maximum(patience, 1))
+    debt, credit = tl.load(words_ptr + DEBT), CREDIT * window * (num_layers + 2)
+    most = tl.where(2 * debt <= credit, credit - debt, 0)
     polls, waited, go_on, too_large = 0, 0, 1, 0
     header = tl.load(place, mask=is_here, other=0, volatile=True)
     while go_on != 0:
@@ -80,12 +86,11 @@ def take_kernel(
         is_waiting = has_asked & _fits(count, capacity, largest, likely, LIKELY_UNIT)
         found = tl.max(is_waiting.to(tl.int32), 0)
         too_large = tl.max(has_asked.to(tl.int32), 0) - found
-        _, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
-        missing = tl.max(_missing(is_here, has_asked, expected, lead_layer, lead_count, JOIN_ROWS), 0)
-        most = window * tl.where(lead_layer == 0, FIRST_LAYER, 1)
-        for_others = ((missing != 0) & (waited < most)).to(tl.int32)
+        _, _, missing = _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers, PAD_R,
+                              JOIN_ROWS)  # fmt: skip
+        for_others = ((tl.max(missing, 0) != 0) & (waited < most)).to(tl.int32)
         go_on = tl.where(found != 0, for_others, ((polls + 1 < limit) & (too_large == 0)).to(tl.int32))
-        waited += found
+        waited += for_others
         polls += 1 - found
         if (go_on != 0) & ((polls + waited) % LOOK == 0):
             go_on = (tl.load(host + STOP, volatile=True) == 0).to(tl.int32)
@@ -95,7 +100,8 @@ def take_kernel(
                                             GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
     is_waiting = has_asked & _fits(count, capacity, largest, likely, LIKELY_UNIT)
     # The router whose turn it is, then all that ask for the same layer.
-    is_lead, lead_layer, lead_count = _lead(is_waiting, layer, count, turn, PAD_R)
+    is_lead, lead_layer, missing = _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers,
+                                         PAD_R, JOIN_ROWS)  # fmt: skip
     lead = tl.sum(tl.where(is_lead, router, 0), 0)
     is_asking = tl.where(is_waiting & (layer == lead_layer), 1, 0)
     skipped = tl.where(part_seq == seq, part_rows, 0)
@@ -157,11 +163,12 @@ def take_kernel(
     tl.store(taken + 1, seq, mask=is_part != 0)
     tl.store(taken + 2, skipped + rows, mask=is_part != 0)
     # Who was waited for in vain is not waited for again before its next message.
-    missing = _missing(is_here, has_asked, expected, lead_layer, lead_count, JOIN_ROWS) * met
-    tl.store(taken + 3, tl.zeros((PAD_R,), tl.int32) - 1, mask=missing != 0)
+    tl.store(taken + 3, tl.zeros((PAD_R,), tl.int32) - 1, mask=missing * met != 0)
     tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last != 0)
     if tl.max(is_lead.to(tl.int32), 0) != 0:  # also past one whose rows did not come
         tl.store(words_ptr + NEXT, (lead + 1) % ROUTERS)
+    earned = window * tl.maximum(parts - 1, 0) + found * ((window + RETRY - 1) // RETRY)
+    tl.store(words_ptr + DEBT, tl.maximum(debt + waited - earned, 0))
     tl.store(words_ptr + IDLE, 1 - found)
     tl.store(counted, jobs + found)
     tl.store(counted + 1, messages + answered)

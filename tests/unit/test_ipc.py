@@ -13,7 +13,7 @@ import torch
 from ep import ipc_server
 from ep.errors import OptionError, PlacementError, TransportError
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import Job
+from ep.kernels.p2p import CREDIT, Job
 from ep.placement import even_split
 from ep.transport.ipc import IpcTransport
 from ep.transport.mailbox import MailboxBlock
@@ -251,7 +251,9 @@ def test_routers_in_step_are_waited_for(block: MailboxBlock) -> None:
     for got, some in zip((first, second), tokens, strict=True):
         assert_close(got, some.expected(1))
     ask(0, 2)
-    look(3 + 5)  # in vain
+    look(3 + 5)
+    assert not rig.devices[0].is_idle
+    look(CREDIT * 3 * (LAYERS + 2))  # in vain
     rig.devices[0].run()
     assert rig.devices[0].is_idle
     ask(0, 0)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ep.errors import ShardFailedError, ShardLostError
 from ep.ipc_jobs import IpcLimits
 from ep.ipc_server import IpcServer
+from ep.kernels.p2p import CREDIT
 from ep.kernels.p2p_layout import pack_header
 from ep.placement import Placement
 from ep.transport.ipc import IpcTransport
@@ -56,7 +57,7 @@ class Interleavings(RuleBasedStateMachine):
         """is_ahead: jobs are launched before the messages that they are for."""
         self.limits = IpcLimits(job_tokens=3, graph_tokens=2)
         if is_ahead:
-            self.limits = replace(self.limits, depth=2, linger_s=1.0, patience=3, window=2)
+            self.limits = replace(self.limits, depth=2, linger_s=1.0, patience=3, window=1)
         self.now = 0.0
         self.block = MailboxBlock.open(f"test-{time.time_ns()}", 2, 2)
         self.generation = 0
@@ -220,8 +221,8 @@ class Interleavings(RuleBasedStateMachine):
 
     def drain(self) -> None:
         """Everything goes on until nothing does, and then time passes until jobs that wait give up."""
-        stands = 0
-        while stands < 10:
+        stands, longest = 0, 10 + CREDIT * self.limits.window * (LAYERS + 2)
+        while stands < longest:
             moved = [device.step() for device in (*self.devices, *self.shard_devices)]
             moved += [server.poll() for server in self.servers if server is not None]
             if not any(moved):
