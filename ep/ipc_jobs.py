@@ -24,7 +24,8 @@ class IpcLimits:
 
     depth: jobs on the device at a time. linger_s: for how long after a message jobs are kept waiting there for the next
     one, 0 to launch one only for a message that is there. patience: looks of such a job before it ends; window: looks
-    for routers that are likely to ask for the same layer (kernels/p2p.py `take`). spin_s: for how long the thread that
+    that it takes to read a layer's experts, which a job of whole_rows does: what it is worth to wait for other routers
+    (kernels/p2p.py `take`). spin_s: for how long the thread that
     launches looks again at once; nap_s: how long it then sleeps between two looks if no job is on the device, 0 to only
     offer its core to others.
     """
@@ -35,6 +36,7 @@ class IpcLimits:
     linger_s: float = 0.0
     patience: int = 0
     window: int = 0
+    whole_rows: int = 1
     spin_s: float = 2e-4
     nap_s: float = 0.0
 

@@ -334,7 +334,8 @@ class IpcServer:
     def _run(self, capacity: int) -> None:
         launch, job, message, desk = self._device.launch, self._job, self._message, self._desk
         limits, sizes = self._limits, (capacity, self._limits.job_tokens, self._part)
-        launch(p2p.take, desk, message, self._num_layers, job, *sizes, limits.patience, limits.window)
+        waiting = (limits.patience, limits.window, limits.whole_rows)
+        launch(p2p.take, desk, message, self._num_layers, job, *sizes, *waiting)
         launch(p2p.collect, desk, message, job, capacity)
         self._compute(job, capacity, self._partials[:capacity])
         launch(p2p.return_partials, self._partials, job, self._boxes, self._flags, desk, capacity)

@@ -21,11 +21,9 @@ GRAPH_TOKENS = 1024
 HOST_NAP_S = 1e-4
 """An idle shard on a CPU leaves its core to the others, which a shard beside a GPU need not."""
 DEPTH, LINGER_S, PATIENCE = 8, 5e-3, 1 << 13
-"""Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another. A look takes
-somewhat less than a microsecond."""
-WINDOW = 512
-"""Looks that a message is worth which joins another's job, about 0.2 ms (kernels/p2p.py `take`): less than it takes to
-read the experts of a layer again, where a GPU has 20 or more of DeepSeek-V3's."""
+"""Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another."""
+LOOK_S = 4e-7
+"""One look on an H200, while there is a message."""
 HOSTED_NAP_S = 5e-5
 """A shard in a router's process leaves the interpreter to the router; meanwhile jobs that wait on the GPU serve, and
 each of them lets it rest longer (IpcServer)."""
@@ -49,9 +47,19 @@ def open_device(device: torch.device, own_stream: bool = False) -> IpcDevice:
     return HostDevice() if device.type == "cpu" else GpuDevice(device.index, own_stream)
 
 
-def limits(device: torch.device, is_hosted: bool = False) -> IpcLimits:
-    """Of a shard that computes there. is_hosted: in a router's process."""
+def limits(device: torch.device, is_hosted: bool = False, layer_bytes: float = 0.0, whole_rows: int = 1) -> IpcLimits:
+    """Of a shard that computes there. is_hosted: in a router's process. layer_bytes: of the experts of one layer, which
+    a job of whole_rows reads; 0: it is not worth waiting for a router."""
     if device.type == "cpu":
         return IpcLimits(MESSAGE_TOKENS, graph_tokens=0, nap_s=HOST_NAP_S)
-    waiting = IpcLimits(MESSAGE_TOKENS, GRAPH_TOKENS, DEPTH, LINGER_S, PATIENCE, WINDOW)
+    from ep.kernels.devices import memory_bytes_per_s
+
+    seconds = layer_bytes / memory_bytes_per_s(torch.cuda.get_device_properties(device))
+    waiting = IpcLimits(MESSAGE_TOKENS, GRAPH_TOKENS, DEPTH, LINGER_S, PATIENCE, round(seconds / LOOK_S), whole_rows)
     return replace(waiting, spin_s=0.0, nap_s=HOSTED_NAP_S) if is_hosted else waiting
+
+
+def whole_rows(spec: ModelSpec) -> int:
+    """Of a job that reads nearly all experts: so many rows choose all but 2% of them, if all are as likely, for they
+    make 4 choices for each (1 - e^-4)."""
+    return -(-4 * spec.num_experts // spec.top_k)

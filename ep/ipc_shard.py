@@ -9,7 +9,7 @@ import torch
 
 from ep.ipc_options import IpcOptions
 from ep.ipc_server import IpcServer
-from ep.ipc_setup import limits, message_shape, open_device
+from ep.ipc_setup import limits, message_shape, open_device, whole_rows
 from ep.shard import Shard
 from ep.transport.ipc_handles import RouterHandles, ShardHandles
 from ep.transport.mailbox import MailboxBlock
@@ -28,7 +28,9 @@ class IpcShard:
         on_failure: Callable[[], None] | None = None,
         is_hosted: bool = False,
     ) -> None:
-        placement, bounds = shard.placement, limits(device, is_hosted)
+        placement = shard.placement
+        layer_bytes = shard.compute.slot_bytes / placement.num_moe_layers
+        bounds = limits(device, is_hosted, layer_bytes, whole_rows(shard.spec))
         self._block = MailboxBlock.open(options.block, options.num_routers, placement.num_shards)
         self._server = IpcServer(
             open_device(device, own_stream=True),

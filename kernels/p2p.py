@@ -42,9 +42,9 @@ LOOK = 64
 """Polls of a job that waits for a message between looks at its host's word."""
 FLAG_LOOKS, FLAG_BLOCK = 1 << 14, 256
 """Looks for the rows of a message whose header is there (about 15 ms), and how many flags are looked at together."""
-CREDIT = 8
-"""Windows that jobs may wait for routers, for each layer and for what lies between two steps as for two more: about
-half a step of one of two routers, which then are in step."""
+CREDIT = 2
+"""Windows that jobs may wait for routers, for each layer and for what lies between two steps as for two more; half of
+them at a time, which is about half a step of one of two routers."""
 RETRY = 16
 """Jobs after which a window of them is paid back by itself, so that who was waited for in vain is tried again."""
 JOIN_ROWS = 256
@@ -253,7 +253,7 @@ class Desk:
 
 def take(
     desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, largest: int, likely: int,
-    patience: int, window: int,
+    patience: int, window: int, whole_rows: int,
 ) -> None:  # fmt: skip
     """Makes a job of at most `capacity` rows: of the next message in turn, with what else waits for its layer.
 
@@ -266,16 +266,17 @@ def take(
 
     Routers that decode are to ask for a layer at the same time, so that the experts' weights are read once for all of
     them: who is less than half of the layers behind another is answered first, and the other's message is held until
-    they meet. While nobody can be answered, that costs looks, which are a debt; each message that joins another's job
-    pays `window` of it, about what it saves. A job waits until the debt is CREDIT * window * (L + 2), then not at
-    all until half of that is paid; RETRY. So waiting never takes longer, all in all, than what joining has saved and
-    one credit. Who does not come is not waited for again before its next message.
+    they meet. While nobody can be answered, that costs looks, which are a debt. Each message that joins another's job
+    pays what it saves: `window`, the looks in which a layer's experts are read, or its part of that in a job of less
+    than whole_rows, which reads not all of them. A job waits for half of CREDIT * window * (L + 2) looks while no more
+    than that is owed, and not at all else; RETRY. So waiting never takes longer, all in all, than what joining has
+    saved and one credit. Who does not come is not waited for again before its next message.
     """
     num_routers = len(desk.inboxes)
     take_kernel[(1,)](
         desk.inboxes, desk.served, desk.taken, desk.words, desk.host_address, job.source, job.numbers, job.job,
         job.layer_idx, job.num_tokens, message.flags_offset, message.header_offset, capacity, largest, likely,
-        message.max_tokens, num_layers, patience, window, ROUTERS=num_routers,
+        message.max_tokens, num_layers, patience, window, whole_rows, ROUTERS=num_routers,
         PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, LIKELY_UNIT=layout.LIKELY_UNIT,
         FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1], CREDIT=CREDIT, RETRY=RETRY,
         JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, DEBT=layout.DEBT, IDLE=layout.IDLE, COUNTED=layout.COUNTED,

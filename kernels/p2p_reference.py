@@ -169,7 +169,7 @@ def wait_and_combine(
 
 def take(
     desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, largest: int, likely: int,
-    patience: int, window: int,
+    patience: int, window: int, whole_rows: int,
 ) -> bool:  # fmt: skip
     headers = list(_headers(desk, message))
     asked = [one for one in headers if _is_waiting(desk, message, num_layers, *one)]
@@ -188,7 +188,7 @@ def take(
     if not lead:
         is_over = bool(asked or words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
     else:
-        is_over = not missing or words[layout.WAITED] >= (credit - debt if 2 * debt <= credit else 0)
+        is_over = not missing or words[layout.WAITED] >= (credit // 2 if 2 * debt <= credit else 0)
     if not is_over:
         words[layout.WAITED if lead else layout.POLLED] += 1
         if not host[layout.STOP] or (words[layout.WAITED] + words[layout.POLLED]) % LOOK:
@@ -235,7 +235,8 @@ def take(
         words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
     job.job[layout.JOB_LAYER] = lead[0][1].layer_pos if lead else 0
     job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], total
-    earned = window * max(parts - 1, 0) + found * -(-window // RETRY)
+    saved = window * max(parts - 1, 0) * min(total, whole_rows) // whole_rows
+    earned = saved + found * -(-window // RETRY)
     words[layout.DEBT] = max(debt + waited - earned, 0)
     words[layout.IDLE] = int(not found)
     counted = words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]

@@ -46,11 +46,11 @@ def _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_laye
 
 
 @triton.jit(do_not_specialize=["host_address", "capacity", "largest", "likely", "max_tokens", "num_layers", "patience",
-                               "window"])  # fmt: skip
+                               "window", "whole_rows"])  # fmt: skip
 def take_kernel(
     inboxes_ptr, served_ptr, taken_ptr, words_ptr, host_address, source_ptr, numbers_ptr, job_ptr, layer_idx_ptr,
     num_tokens_ptr, flags_offset, header_offset, capacity, largest, likely, max_tokens, num_layers, patience,
-    window,
+    window, whole_rows,
     ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr,
     LIKELY_UNIT: tl.constexpr, FLAG_LOOKS: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CREDIT: tl.constexpr, RETRY: tl.constexpr, JOIN_ROWS: tl.constexpr,
@@ -77,7 +77,7 @@ def take_kernel(
     host = host_address.to(tl.pointer_type(tl.int32))
     limit = tl.where(tl.load(words_ptr + IDLE) != 0, 1, tl.maximum(patience, 1))
     debt, credit = tl.load(words_ptr + DEBT), CREDIT * window * (num_layers + 2)
-    most = tl.where(2 * debt <= credit, credit - debt, 0)
+    most = tl.where(2 * debt <= credit, credit // 2, 0)
     polls, waited, go_on, too_large = 0, 0, 1, 0
     header = tl.load(place, mask=is_here, other=0, volatile=True)
     while go_on != 0:
@@ -167,7 +167,8 @@ def take_kernel(
     tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last != 0)
     if tl.max(is_lead.to(tl.int32), 0) != 0:  # also past one whose rows did not come
         tl.store(words_ptr + NEXT, (lead + 1) % ROUTERS)
-    earned = window * tl.maximum(parts - 1, 0) + found * ((window + RETRY - 1) // RETRY)
+    saved = window * tl.maximum(parts - 1, 0) * tl.minimum(total, whole_rows) // whole_rows
+    earned = saved + found * ((window + RETRY - 1) // RETRY)
     tl.store(words_ptr + DEBT, tl.maximum(debt + waited - earned, 0))
     tl.store(words_ptr + IDLE, 1 - found)
     tl.store(counted, jobs + found)

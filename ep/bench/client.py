@@ -1,16 +1,16 @@
-"""One run of vLLM's benchmark client: a fixed number of prompts, in flight or by the second, greedy."""
+"""Runs of vLLM's benchmark client: a fixed number of prompts, in flight or by the second, greedy."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ep.bench.prompts import PromptFile
+from ep.bench.vllm_client import serve
 from ep.errors import EpError
 
 _LATENCIES = ("ttft", "tpot", "itl")
@@ -61,30 +61,48 @@ class Served:
     num_failed: int = 0
 
 
-def run_client(
-    load: Load, url: str, model: str, tokenizer: str, logs: Path, name: str, may_fail: bool = False
-) -> Served:
-    """Runs the client in a process of its own; its log and its raw result go to logs/client-NAME.{log,json}.
+class Client:
+    """vLLM's client in a process of its own, for any number of runs one after the other; ended with the context.
 
-    A server that asks for a key gets the one of EP_API_KEY. Raises EpError, with the log's path, when the client fails
-    or, unless may_fail, a request does.
+    logs: each run's log and raw result go to logs/client-NAME.{log,json}.
     """
-    log, result = logs / f"client-{name}.log", logs / f"client-{name}.json"
-    command = client_command(load, url, model, tokenizer, result)
-    with log.open("wb") as out:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=_environment(), check=False
-        )
-    if done.returncode != 0 or not result.is_file():
-        raise EpError(f"{log}: vLLM's benchmark client ended with exit code {done.returncode}")
-    raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if raw["completed"] != load.num_prompts and not may_fail:
-        raise EpError(f"{log}: {url} answered {raw['completed']} of {load.num_prompts} requests")
-    return read_result(raw)
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        start = multiprocessing.get_context("spawn")
+        self._requests, theirs = start.Pipe()
+        self._process = start.Process(target=serve, args=(theirs, os.environ.get("EP_API_KEY")), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._requests.close()
+
+    def run(self, load: Load, url: str, model: str, tokenizer: str, name: str, may_fail: bool = False) -> Served:
+        """A server that asks for a key gets the one of EP_API_KEY. Raises EpError, with the log's path, when the client
+        fails or, unless may_fail, a request does."""
+        log, result = self._logs / f"client-{name}.log", self._logs / f"client-{name}.json"
+        try:
+            self._requests.send((client_flags(load, url, model, tokenizer, result), str(log)))
+            wrong = self._requests.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise EpError(f"{log}: vLLM's benchmark client ended with exit code {self._process.exitcode}") from error
+        if wrong or not result.is_file():
+            raise EpError(f"{log}: vLLM's benchmark client: {wrong or 'no result'}")
+        raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if raw["completed"] != load.num_prompts and not may_fail:
+            raise EpError(f"{log}: {url} answered {raw['completed']} of {load.num_prompts} requests")
+        return read_result(raw)
 
 
-def client_command(load: Load, url: str, model: str, tokenizer: str, result: Path) -> list[str]:
-    """The client's command line; its result goes to the file `result`."""
+def client_flags(load: Load, url: str, model: str, tokenizer: str, result: Path) -> list[str]:
+    """The client's command line but for its name; its result goes to the file `result`."""
     flags: dict[str, Any] = {
         "backend": "vllm",
         "base-url": url,
@@ -110,8 +128,7 @@ def client_command(load: Load, url: str, model: str, tokenizer: str, result: Pat
         flags["max-concurrency"] = load.concurrency
     if load.request_rate is not None:
         flags["request-rate"] = load.request_rate
-    command = [sys.executable, "-m", "ep.bench.vllm_client", *switches]
-    return command + [f"--{key}={value}" for key, value in flags.items()]
+    return switches + [f"--{key}={value}" for key, value in flags.items()]
 
 
 def read_result(raw: dict[str, Any]) -> Served:
@@ -127,8 +144,3 @@ def read_result(raw: dict[str, Any]) -> Served:
         itl,
         raw["num_prompts"] - raw["completed"],
     )
-
-
-def _environment() -> dict[str, str]:
-    key = os.environ.get("EP_API_KEY")
-    return {**os.environ, "OPENAI_API_KEY": key} if key else dict(os.environ)

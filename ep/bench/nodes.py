@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ep.bench.client import Load, Served, run_client
+from ep.bench.client import Client, Load, Served
 from ep.bench.conditions import Conditions, conditions
 from ep.bench.greedy import greedy_tokens
 from ep.bench.hosts.cluster import HostCluster, host_cluster, joined_cluster
@@ -141,12 +141,11 @@ def run(options: NodesBenchOptions, terminal: Terminal) -> NodesBench:
                 qualities = {} if slowed is None else {slowed: options.quality}
                 cluster = stack.enter_context(host_cluster(max(options.nodes), options.shards_per_node, qualities))
         terminal.say(cluster.describe())
-        bar, task = stack.enter_context(
-            terminal.progress("measuring", total=len(options.nodes) * (options.rounds + 2))
-        )
+        client = stack.enter_context(Client(logs))
+        bar, task = stack.enter_context(terminal.progress("measuring", total=len(options.nodes) * (options.rounds + 2)))
         for num_nodes in options.nodes:
             bar.update(task, description=plural(num_nodes, "node"))
-            done = _measure(options, target, cluster, num_nodes, logs, lambda: bar.advance(task))
+            done = _measure(options, target, cluster, num_nodes, client, logs, lambda: bar.advance(task))
             tokens = tokens or done.tokens
             points.append(_point(options, done, points, tokens, logs))
             terminal.say(_sentence(points[-1]))
@@ -186,6 +185,7 @@ def _measure(
     target: Target,
     cluster: HostCluster,
     num_nodes: int,
+    client: Client,
     logs: Path,
     advance: Callable[[], None],
 ) -> _Run:
@@ -208,9 +208,7 @@ def _measure(
                 losing = lose_later(cluster, num_nodes - 1, server, _warm_up_tokens(options), after_s)
             name = f"{num_nodes}-{round_idx if round_idx >= 0 else 'warm-up'}"
             load = _load(options, round_idx)
-            served = run_client(
-                load, server.url, target.name, str(target.checkpoint), logs, name, may_fail=round_idx >= 0
-            )
+            served = client.run(load, server.url, target.name, str(target.checkpoint), name, may_fail=round_idx >= 0)
             advance()
             if round_idx >= 0:
                 done.rounds.append(served)

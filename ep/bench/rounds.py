@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ep.bench.client import Load, Percentiles, Served, run_client
+from ep.bench.client import Client, Load, Percentiles, Served
 from ep.bench.server import Server
 from ep.bench.sweep import Point
 from ep.errors import EpError
@@ -103,11 +103,11 @@ def measure(
     total = (num_rounds + 1) * len(points) * num_servers
     begun: list[Sequence[Target]] = []
     incomplete = None
-    with terminal.progress("measuring", total=total, per_second=1) as (bar, task):
+    with Client(logs) as client, terminal.progress("measuring", total=total, per_second=1) as (bar, task):
         try:
             for targets in groups:
                 begun.append(targets)
-                for point_idx, found in _take_turns(points, load, num_rounds, targets, logs):
+                for point_idx, found in _take_turns(points, load, num_rounds, targets, client):
                     bar.advance(task)
                     if found.round_idx >= 0:
                         rounds[point_idx].append(found)
@@ -131,7 +131,7 @@ def whole_rounds(rounds: Sequence[Round], num_servers: int) -> list[Round]:
 
 
 def _take_turns(
-    points: Sequence[Point], load: Load, num_rounds: int, targets: Sequence[Target], logs: Path
+    points: Sequence[Point], load: Load, num_rounds: int, targets: Sequence[Target], client: Client
 ) -> Iterator[tuple[int, Round]]:
     """Every run of the client as it ends, with which point it is of; round -1 warms up."""
     for round_idx in range(-1, num_rounds):
@@ -147,7 +147,7 @@ def _take_turns(
             for target in targets if round_idx % 2 else targets[::-1]:
                 others = [other.server for other in targets if other is not target and other.server]
                 name = f"{target.name}-{point_idx}-{round_idx if round_idx >= 0 else 'warm-up'}"
-                yield point_idx, _round(at, target, others, round_idx, logs, name)
+                yield point_idx, _round(at, target, others, round_idx, client, name)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -159,12 +159,12 @@ def idle_cores(rounds: Sequence[Round], server: str) -> float:
     return statistics.median(r.idle_cores for r in rounds if r.server != server)
 
 
-def _round(load: Load, target: Target, others: Sequence[Server], round_idx: int, logs: Path, name: str) -> Round:
+def _round(load: Load, target: Target, others: Sequence[Server], round_idx: int, client: Client, name: str) -> Round:
     server = target.server
     before = server.cpu_seconds() if server else {}
     tokens_before = server.generated_tokens() if server else 0
     idle_before, since = sum(sum(other.cpu_seconds().values()) for other in others), time.monotonic()
-    served = run_client(load, target.url, target.model, target.tokenizer, logs, name)
+    served = client.run(load, target.url, target.model, target.tokenizer, name)
     idle = sum(sum(other.cpu_seconds().values()) for other in others) - idle_before
     used = idle / (time.monotonic() - since)
     per_1000: dict[str, float] = {}

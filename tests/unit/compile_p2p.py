@@ -49,7 +49,7 @@ def _launch_all(message: Any, num_experts: int, num_shards: int) -> None:
     p2p.combine_partials(partials, plan, x)
     job = p2p.Job.allocate(message, rows, cpu)
     desk = p2p.Desk.allocate(8, cpu, 1)
-    p2p.take(desk, message, 58, job, rows, 4096, 200, 1000, 96)
+    p2p.take(desk, message, 58, job, rows, 4096, 200, 1000, 96, 128)
     p2p.collect(desk, message, job, rows)
     p2p.return_partials(partials[0], job, addresses, addresses, desk, rows)
 

@@ -168,7 +168,7 @@ def run_shards(ops: ModuleType, world: World, seq: int, parts: int = 1, patience
         job, desk = world.jobs[shard], world.desks[shard]
         capacity = -(-header.num_tokens // parts)
         for _ in range(parts):
-            ops.take(desk, message, 2, job, capacity, capacity, layout.LIKELY_UNIT, patience, 0)
+            ops.take(desk, message, 2, job, capacity, capacity, layout.LIKELY_UNIT, patience, 0, 1)
             ops.collect(desk, message, job, capacity)
             values = job.rows.float()
             if job.scales is not None:

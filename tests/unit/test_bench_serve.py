@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep.bench.client import Load, Percentiles, Served, client_command
+from ep.bench.client import Load, Percentiles, Served, client_flags
 from ep.bench.conditions import conditions
 from ep.bench.decode_stream import Batch, summarize
 from ep.bench.prompts import PromptFile, check_prompts
@@ -92,8 +92,8 @@ def test_the_clients_own_parser_reads_what_was_meant(
 ) -> None:
     prompts = PromptFile("/p.jsonl", 9, output_len) if from_file else None
     load = Load(concurrency, 32, 100, 9, 5, rate, prompts)
-    command = client_command(load, "http://x", "model", "tokenizer", Path("/logs/out.json"))
-    args = client_parser().parse_args(command[3:])
+    flags = client_flags(load, "http://x", "model", "tokenizer", Path("/logs/out.json"))
+    args = client_parser().parse_args(flags)
     assert (args.max_concurrency, args.request_rate) == (concurrency, math.inf if rate is None else rate)
     assert (args.num_prompts, args.seed, args.temperature, args.ignore_eos) == (9, 5, 0, True)
     if from_file:

@@ -57,7 +57,7 @@ class Interleavings(RuleBasedStateMachine):
         """is_ahead: jobs are launched before the messages that they are for."""
         self.limits = IpcLimits(job_tokens=3, graph_tokens=2)
         if is_ahead:
-            self.limits = replace(self.limits, depth=2, linger_s=1.0, patience=3, window=1)
+            self.limits = replace(self.limits, depth=2, linger_s=1.0, patience=3, window=2)
         self.now = 0.0
         self.block = MailboxBlock.open(f"test-{time.time_ns()}", 2, 2)
         self.generation = 0

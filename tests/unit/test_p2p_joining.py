@@ -49,7 +49,7 @@ class Simulation:
                     router.seq, router.asks_at = router.seq + 1, None
                     queue.write(idx, router.seq, 2, router.layer, 7, 0b11)
             sizes = (16, 16, 256)
-            if not take(queue.desk, SMALL, self.num_layers, queue.job, *sizes, 1 << 30, self.job_looks):
+            if not take(queue.desk, SMALL, self.num_layers, queue.job, *sizes, 1 << 30, self.job_looks, 1):
                 self.waited += any(router.asks_at is None for router in self.routers)
                 now += 1
                 continue
@@ -102,6 +102,6 @@ def test_messages_of_prompts_are_neither_held_nor_waited_for() -> None:
     queue = Queue.make(2)
     queue.write(0, 1, 2, 0, 7, 0b11)
     queue.desk.taken[:, 3] = 0
-    assert not take(queue.desk, SMALL, 4, queue.job, 16, 16, 256, 1, 8)  # the other one is expected
+    assert not take(queue.desk, SMALL, 4, queue.job, 16, 16, 256, 1, 8, 1)  # the other one is expected
     queue.desk.taken[1, 3] = -1  # as after a prompt
-    assert take(queue.desk, SMALL, 4, queue.job, 16, 16, 256, 1, 8)
+    assert take(queue.desk, SMALL, 4, queue.job, 16, 16, 256, 1, 8, 1)
