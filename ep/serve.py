@@ -237,6 +237,7 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         except Exception as error:
             if launch.has_failed_shard():
                 launch.wait_for_shards()
+            server.blame_flags(error)
             raise ClusterError(f"the engine ended: {_root_cause(launch, error)}{_see_log(terminal)}") from error
         else:
             if failures := _failures(launch):  # vLLM's server then ends as if it had been asked to

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from ep.bench.prompts import PromptFile
-from ep.bench.vllm_client import serve
+from ep.bench.vllm_client import SERVE
 from ep.errors import EpError
 
 _LATENCIES = ("ttft", "tpot", "itl")
@@ -64,36 +65,42 @@ class Served:
 class Client:
     """vLLM's client in a process of its own, for any number of runs one after the other; ended with the context.
 
-    logs: each run's log and raw result go to logs/client-NAME.{log,json}.
+    logs: each run's log and raw result go to logs/client-NAME.{log,json}. A server that asks for a key gets the one of
+    EP_API_KEY.
     """
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        start = multiprocessing.get_context("spawn")
-        self._requests, theirs = start.Pipe()
-        self._process = start.Process(target=serve, args=(theirs, os.environ.get("EP_API_KEY")), daemon=True)
-        self._process.start()
-        theirs.close()
+        with (logs / "client.log").open("wb") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ep.bench.vllm_client", SERVE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+                bufsize=1,
+                env=_environment(),
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.join()
-        self._requests.close()
+        self._process.communicate()
 
     def run(self, load: Load, url: str, model: str, tokenizer: str, name: str, may_fail: bool = False) -> Served:
-        """A server that asks for a key gets the one of EP_API_KEY. Raises EpError, with the log's path, when the client
-        fails or, unless may_fail, a request does."""
+        """Raises EpError, with the log's path, when the client fails or, unless may_fail, a request does."""
         log, result = self._logs / f"client-{name}.log", self._logs / f"client-{name}.json"
+        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._requests.send((client_flags(load, url, model, tokenizer, result), str(log)))
-            wrong = self._requests.recv()
-        except (EOFError, OSError) as error:
-            self._process.join()
-            raise EpError(f"{log}: vLLM's benchmark client ended with exit code {self._process.exitcode}") from error
-        if wrong or not result.is_file():
+            print(json.dumps([client_flags(load, url, model, tokenizer, result), str(log)]), file=self._process.stdin)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise EpError(f"{log}: vLLM's benchmark client ended with exit code {self._process.wait()}")
+        if (wrong := json.loads(answer)) or not result.is_file():
             raise EpError(f"{log}: vLLM's benchmark client: {wrong or 'no result'}")
         raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         if raw["completed"] != load.num_prompts and not may_fail:
@@ -144,3 +151,8 @@ def read_result(raw: dict[str, Any]) -> Served:
         itl,
         raw["num_prompts"] - raw["completed"],
     )
+
+
+def _environment() -> dict[str, str]:
+    key = os.environ.get("EP_API_KEY")
+    return {**os.environ, "OPENAI_API_KEY": key} if key else dict(os.environ)

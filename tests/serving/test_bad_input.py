@@ -113,6 +113,11 @@ def test_no_such_cluster() -> None:
     expect(["serve", "deepseek-v3", "--synthetic", "--address", address, "--port", str(free_port())], address)
 
 
+def test_a_vllm_flag_that_does_not_fit_the_model() -> None:
+    arguments = ["serve", "deepseek-v3", "--synthetic", "--port", str(free_port()), "--", "--max-model-len", "99999999"]
+    expect(arguments, "vLLM flags after `--`", "max_model_len", "99999999")
+
+
 def test_unknown_vllm_flag() -> None:
     arguments = ["serve", "deepseek-v3", "--synthetic", "--port", str(free_port()), "--", "--no-such-flag"]
     expect(arguments, "--no-such-flag", "vLLM")
