@@ -42,7 +42,6 @@ def _servers_flags(command: Any) -> Any:
     return ours(theirs(command))
 
 
-
 @bench.command("serve", cls=FlagsForVllm)
 @_MODEL
 @click.option("--url", help="Measure this running server instead of starting one.")
@@ -170,6 +169,25 @@ def bench_transport(transport: str, num_tokens: tuple[int, ...], **options: Any)
     if num_tokens:
         chosen["num_tokens"] = num_tokens[0]
     report(run(TransportBenchOptions(**chosen)))
+
+
+@bench.command("joining")
+@_MODEL
+@click.option("--routers", type=click.IntRange(2), help="Each on a GPU of its own, a shard beside it. [default: all]")
+@click.option("--num-tokens", type=Listing(int), default=(), help="Of a router's step. [default: 16,64,128]")
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="MoE layers of a step.")
+@click.option("--between-us", type=click.FloatRange(0), default=250.0, show_default=True, help="From one to the next.")
+@click.option("--rest-us", type=click.FloatRange(0), default=2100.0, show_default=True, help="Of the rest of a step.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True)
+@click.option("--stall-ms", type=click.FloatRange(0), default=20.0, show_default=True, help="Of a router's host.")
+@click.option("--stall-every", type=click.IntRange(1), default=60, show_default=True, help="Steps, on average.")
+@_SEED
+@_results
+def bench_joining(**options: Any) -> None:
+    """Routers that decode on GPUs with a shard beside each: a step's time, in step and not; needs no vLLM."""
+    from ep.bench.joining import JoiningOptions, run
+
+    run(JoiningOptions(**given(options)))
 
 
 @bench.command("kernels")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ep.bench.prompts import PromptFile
 from ep.bench.vllm_client import SERVE
@@ -82,7 +82,7 @@ class Client:
                 env=_environment(),
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -140,6 +140,16 @@ def _kernels(result: Mapping[str, Any]) -> Iterator[Figure]:
                 yield Figure(f"{name}: {label}, µs", row[key], better)
 
 
+def _joining(result: Mapping[str, Any]) -> Iterator[Figure]:
+    for row in result["found"]:
+        name = f"{row['num_tokens']} tokens, {'stalls' if row['stalls'] else 'no stalls'}"
+        if row["waits"]:
+            yield Figure(f"{name}: mean step, ms", row["mean_ms"], LOWER)
+            yield Figure(f"{name}: joined", row["joined"], HIGHER)
+        else:
+            yield Figure(f"{name}: mean step without waiting, ms", row["mean_ms"], BASELINE)
+
+
 def _rebalance(result: Mapping[str, Any]) -> Iterator[Figure]:
     for phase in ("before", "during", "after"):
         of = result[phase]
@@ -164,6 +174,7 @@ def _placement(result: Mapping[str, Any]) -> Iterator[Figure]:
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Figure]]] = {
     "decode-latency": _decode_latency,
+    "joining": _joining,
     "kernels": _kernels,
     "nodes": _nodes,
     "placement": _placement,

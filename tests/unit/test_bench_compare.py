@@ -18,6 +18,7 @@ from ep.bench.compare import BETTER, SAME, WORSE, Comparison, compare, read_resu
 from ep.bench.decode_latency import DecodeLatency
 from ep.bench.figures import HIGHER, LOWER, figures
 from ep.bench.ipc_result import IpcBench
+from ep.bench.joining import JoiningBench
 from ep.bench.kernels import KernelBench
 from ep.bench.placement import PlacementBench
 from ep.bench.rebalance import RebalanceBench
@@ -124,6 +125,7 @@ RESULTS = {
     "transport": TransportBench,
     "transport-ipc": IpcBench,
     "kernels": KernelBench,
+    "joining": JoiningBench,
 }
 
 
@@ -199,5 +201,5 @@ def test_mistakes_name_the_file(tmp_path: Path) -> None:
         assert isinstance(error, OptionError) and error.exit_code == 2
         assert all(word in str(error) for word in words), error
     bad.write_text('{"bench": "soup"}')
-    with pytest.raises(OptionError, match=r"bad\.json: bench is 'soup', expected one of decode-latency, kernels"):
+    with pytest.raises(OptionError, match=r"bad\.json: bench is 'soup', expected one of decode-latency, joining"):
         compare(read_result(str(bad)), read_result(str(bad)), 0.05, (str(bad), str(bad)))

@@ -93,7 +93,7 @@ LAYERS = (
     Layer(
         "engine",
         ("ep.engine", "ep.plugin", "ep.metrics_file"),
-        frozenset({"torch", "numpy", "vllm", "uvloop", "prometheus_client"}),
+        frozenset({"torch", "numpy", "vllm", "pydantic", "uvloop", "prometheus_client"}),
     ),
     Layer("cluster", ("ep.cluster",), frozenset({"torch", "numpy", "ray", "vllm"})),
     Layer(

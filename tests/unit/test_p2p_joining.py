@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ep.kernels import p2p_layout as layout
@@ -30,8 +30,9 @@ class Router:
 
 @dataclass
 class Simulation:
-    """pause: how long a router thinks before its message for this layer. met: of each job, how many routers it
-    answered. waited: looks in which there was a message, and none was taken."""
+    """job_looks: also the window, as every job reads all experts. pause: how long a router thinks before its message for
+    this layer. met: of each job, how many routers it answered. waited: looks in which there was a message, and none was
+    taken."""
 
     num_layers: int
     job_looks: int
@@ -63,6 +64,7 @@ class Simulation:
 
 
 @settings(max_examples=30, deadline=None)
+@example(num_layers=58, job_looks=4, think=2, between=8, offset=0.5, num_routers=2)
 @given(
     num_layers=st.integers(1, 7), job_looks=st.integers(4, 16), think=st.integers(1, 4), between=st.integers(1, 40),
     offset=st.floats(0, 1), num_routers=st.integers(2, 3),

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep import tune
-from ep.kernels.devices import Device, identify, read_pci_id
+from ep.kernels.devices import Device, identify, memory_bytes_per_s, read_pci_id
 from ep.kernels.fused_moe import ExpertShape, choose_config
 from ep.kernels.gemm_plan import plan_gemm
 from ep.kernels.tuning import (
@@ -72,6 +73,19 @@ def test_amd_devices_go_by_pci_id_then_by_compute_units(
 
 def test_an_mi325x_without_pci_id_keeps_its_name() -> None:
     assert identify(Properties("AMD Instinct MI325X", 304)).name == "AMD_Instinct_MI325X"
+
+
+@pytest.mark.parametrize(
+    ("device", "published"),
+    [
+        ({"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 4.8e12),  # H200
+        ({"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 3.35e12),  # H100 SXM
+        ({"memory_clock_rate": 1_300_000, "memory_bus_width": 8192, "gcnArchName": "gfx942:sramecc+"}, 5.3e12),
+        ({}, 3.35e12),
+    ],
+)
+def test_memory_speeds_are_about_the_published_ones(device: dict[str, object], published: float) -> None:
+    assert memory_bytes_per_s(SimpleNamespace(**device)) == pytest.approx(published, rel=0.03)
 
 
 def test_pci_id_is_read_from_sysfs(tmp_path: Path) -> None:
