@@ -30,9 +30,9 @@ class Router:
 
 @dataclass
 class Simulation:
-    """job_looks: also the window, as every job reads all experts. pause: how long a router thinks before its message for
-    this layer. met: of each job, how many routers it answered. waited: looks in which there was a message, and none was
-    taken."""
+    """job_looks: also the window, as every job reads all experts. pause: how long a router thinks before its message
+    for this layer. met: of each job, how many routers it answered. waited: looks in which there was a message, and none
+    was taken."""
 
     num_layers: int
     job_looks: int
