@@ -45,8 +45,11 @@ FLAG_LOOKS, FLAG_BLOCK = 1 << 14, 256
 CREDIT = 2
 """Windows that jobs may wait for routers, for each layer and for what lies between two steps as for two more; half of
 them at a time, which is about half a step of one of two routers."""
+WORTH = 8
+"""A message is held for its part of that if it, or what it is held for, has less than a WORTH-th of the rows that read
+all experts: what is saved in a few steps does not pay for it then."""
 RETRY = 16
-"""Jobs after which a window of them is paid back by itself, so that who was waited for in vain is tried again."""
+"""Jobs that pay as much as a message that joins one, so that who was waited for in vain is tried again."""
 JOIN_ROWS = 256
 """Up to here a message is waited for, or waits for others: the experts' weights are most of what a job of it reads."""
 COMBINE_BLOCK = 1024
@@ -266,11 +269,11 @@ def take(
 
     Routers that decode are to ask for a layer at the same time, so that the experts' weights are read once for all of
     them: who is less than half of the layers behind another is answered first, and the other's message is held until
-    they meet. While nobody can be answered, that costs looks, which are a debt. Each message that joins another's job
-    pays what it saves: `window`, the looks in which a layer's experts are read, or its part of that in a job of less
-    than whole_rows, which reads not all of them. A job waits for half of CREDIT * window * (L + 2) looks while no more
-    than that is owed, and not at all else; RETRY. So waiting never takes longer, all in all, than what joining has
-    saved and one credit. Who does not come is not waited for again before its next message.
+    they meet. While nobody can be answered, that costs looks, which are a debt. Each message that joins a longer one's
+    job pays what it saves: `window`, the looks in which a layer's experts are read, or its part of that if two of it
+    have less than whole_rows, which read all of them. A job waits for half of CREDIT * window * (L + 2) looks (WORTH)
+    while no more than that is owed, and not at all else (RETRY). So waiting never takes longer, all in all, than what
+    joining has saved and one credit. Who does not come is not waited for again before its next message.
     """
     num_routers = len(desk.inboxes)
     take_kernel[(1,)](
@@ -278,8 +281,8 @@ def take(
         job.layer_idx, job.num_tokens, message.flags_offset, message.header_offset, capacity, largest, likely,
         message.max_tokens, num_layers, patience, window, whole_rows, ROUTERS=num_routers,
         PAD_R=triton.next_power_of_2(num_routers), SERVED=layout.MAX_SERVED, LOOK=LOOK, LIKELY_UNIT=layout.LIKELY_UNIT,
-        FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1], CREDIT=CREDIT, RETRY=RETRY,
-        JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, DEBT=layout.DEBT, IDLE=layout.IDLE, COUNTED=layout.COUNTED,
+        FLAG_LOOKS=FLAG_LOOKS, BLOCK=FLAG_BLOCK, COLUMNS=desk.taken.shape[1], CREDIT=CREDIT, WORTH=WORTH,
+        RETRY=RETRY, JOIN_ROWS=JOIN_ROWS, NEXT=layout.NEXT, DEBT=layout.DEBT, IDLE=layout.IDLE, COUNTED=layout.COUNTED,
         STOP=layout.STOP, JOB_LAYER=layout.JOB_LAYER, ENDED=layout.ENDED, NUMBERS=layout.NUMBERS,
         ROW_BITS=layout.ROW_BITS, TOKENS_AT=layout.TOKENS_AT, GENERATION_AT=layout.GENERATION_AT,
         LAYER_AT=layout.LAYER_AT, MAX_TOKENS=layout.MAX_MESSAGE_TOKENS, GENERATIONS=layout.NUM_GENERATIONS,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ep.kernels import p2p_layout as layout
-from ep.kernels.p2p import CREDIT, FLAG_LOOKS, JOIN_ROWS, LOOK, RETRY, WINDOW, Desk, Job, Plan, Tables
+from ep.kernels.p2p import CREDIT, FLAG_LOOKS, JOIN_ROWS, LOOK, RETRY, WINDOW, WORTH, Desk, Job, Plan, Tables
 from ep.kernels.p2p_layout import Header, MessageShape, pack_header
 from ep.kernels.reference import TOKEN_BLOCK, quantize_tokens
 
@@ -188,7 +188,8 @@ def take(
     if not lead:
         is_over = bool(asked or words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
     else:
-        is_over = not missing or words[layout.WAITED] >= (credit // 2 if 2 * debt <= credit else 0)
+        messages = [lead[0][1], *(dict(headers)[router] for router in missing)]
+        is_over = not missing or words[layout.WAITED] >= _most(credit, debt, messages, whole_rows)
     if not is_over:
         words[layout.WAITED if lead else layout.POLLED] += 1
         if not host[layout.STOP] or (words[layout.WAITED] + words[layout.POLLED]) % LOOK:
@@ -215,6 +216,7 @@ def take(
     for router in missing if met else []:
         desk.taken[router, 3] = -1
     total, parts, answered = 0, 0, 0
+    saved: list[int] = []
     for router, header in asking:
         if total == capacity:
             break
@@ -231,17 +233,25 @@ def take(
             desk.taken[router, 0] = header.seq
             desk.taken[router, 3] = (header.layer_pos + 1) % num_layers if header.num_tokens <= JOIN_ROWS else -1
         total, parts = total + len(mine), parts + bool(len(mine))
+        saved.append(window * min(2 * len(mine), whole_rows) // whole_rows)
     if lead:  # also past one whose rows did not come
         words[layout.NEXT] = (lead[0][0] + 1) % len(desk.inboxes)
     job.job[layout.JOB_LAYER] = lead[0][1].layer_pos if lead else 0
     job.layer_idx[0], job.num_tokens[0] = job.job[layout.JOB_LAYER], total
-    saved = window * max(parts - 1, 0) * min(total, whole_rows) // whole_rows
-    earned = saved + found * -(-window // RETRY)
+    most = max(saved, default=0)
+    earned = sum(saved) - most + -(-most // RETRY)
     words[layout.DEBT] = max(debt + waited - earned, 0)
     words[layout.IDLE] = int(not found)
     counted = words[layout.COUNTED : layout.COUNTED + layout.NUM_COUNTS]
     counted += torch.tensor([found, answered, parts if parts > 1 else 0, total], dtype=torch.int32)
     return True
+
+
+def _most(credit: int, debt: int, messages: list[Header], whole_rows: int) -> int:
+    """Looks in which the first of these may be held for the others, whose newest ones they are."""
+    half = credit // 2 if 2 * debt <= credit else 0
+    common = min(messages[0].num_tokens, max((one.num_tokens for one in messages[1:]), default=0))
+    return half * min(WORTH * common, whole_rows) // whole_rows
 
 
 def _behind(

@@ -31,7 +31,8 @@ def _fits(count, capacity, largest, likely, LIKELY_UNIT: tl.constexpr):
 def _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers, PAD_R: tl.constexpr,
           JOIN_ROWS: tl.constexpr):  # fmt: skip
     """The router that is to be answered next, as a mask, and its layer; 1 for every router that it is held for: who has
-    not asked yet, is likely to ask for this layer or for one before it, and would rather be met than followed."""
+    not asked yet, is likely to ask for this layer or for one before it, and would rather be met than followed; how many
+    tokens both have then."""
     is_small = count <= JOIN_ROWS
     position = tl.where(has_asked, tl.where(is_small, layer, -1), tl.where(is_here, expected, -1))
     lag = layer[:, None] - position[None, :]
@@ -42,7 +43,8 @@ def _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_laye
     turn = tl.where((is_free != 0) | (is_waiting & (tl.max(is_free, 0) == 0)), turn, PAD_R)
     is_lead = is_waiting & (turn == tl.min(turn, 0))
     missing = tl.max(tl.where(is_lead[:, None] & (has_asked[None, :] == 0), is_behind, 0), 0)
-    return is_lead, tl.sum(tl.where(is_lead, layer, 0), 0), missing
+    common = tl.minimum(tl.sum(tl.where(is_lead, count, 0), 0), tl.max(tl.where(missing != 0, count, 0), 0))
+    return is_lead, tl.sum(tl.where(is_lead, layer, 0), 0), missing, common
 
 
 @triton.jit(do_not_specialize=["host_address", "capacity", "largest", "likely", "max_tokens", "num_layers", "patience",
@@ -53,9 +55,9 @@ def take_kernel(
     window, whole_rows,
     ROUTERS: tl.constexpr, PAD_R: tl.constexpr, SERVED: tl.constexpr, LOOK: tl.constexpr,
     LIKELY_UNIT: tl.constexpr, FLAG_LOOKS: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CREDIT: tl.constexpr, RETRY: tl.constexpr, JOIN_ROWS: tl.constexpr,
-    NEXT: tl.constexpr, DEBT: tl.constexpr, IDLE: tl.constexpr, COUNTED: tl.constexpr, STOP: tl.constexpr,
-    JOB_LAYER: tl.constexpr, ENDED: tl.constexpr, NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CREDIT: tl.constexpr, WORTH: tl.constexpr, RETRY: tl.constexpr,
+    JOIN_ROWS: tl.constexpr, NEXT: tl.constexpr, DEBT: tl.constexpr, IDLE: tl.constexpr, COUNTED: tl.constexpr,
+    STOP: tl.constexpr, JOB_LAYER: tl.constexpr, ENDED: tl.constexpr, NUMBERS: tl.constexpr, ROW_BITS: tl.constexpr,
     TOKENS_AT: tl.constexpr, GENERATION_AT: tl.constexpr, LAYER_AT: tl.constexpr, MAX_TOKENS: tl.constexpr,
     GENERATIONS: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +79,7 @@ def take_kernel(
     host = host_address.to(tl.pointer_type(tl.int32))
     limit = tl.where(tl.load(words_ptr + IDLE) != 0, 1, tl.maximum(patience, 1))
     debt, credit = tl.load(words_ptr + DEBT), CREDIT * window * (num_layers + 2)
-    most = tl.where(2 * debt <= credit, credit // 2, 0)
+    half = tl.where(2 * debt <= credit, credit // 2, 0)
     polls, waited, go_on, too_large = 0, 0, 1, 0
     header = tl.load(place, mask=is_here, other=0, volatile=True)
     while go_on != 0:
@@ -86,8 +88,9 @@ def take_kernel(
         is_waiting = has_asked & _fits(count, capacity, largest, likely, LIKELY_UNIT)
         found = tl.max(is_waiting.to(tl.int32), 0)
         too_large = tl.max(has_asked.to(tl.int32), 0) - found
-        _, _, missing = _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers, PAD_R,
-                              JOIN_ROWS)  # fmt: skip
+        _, _, missing, common = _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers, PAD_R,
+                                      JOIN_ROWS)  # fmt: skip
+        most = half * tl.minimum(WORTH * common, whole_rows) // whole_rows
         for_others = ((tl.max(missing, 0) != 0) & (waited < most)).to(tl.int32)
         go_on = tl.where(found != 0, for_others, ((polls + 1 < limit) & (too_large == 0)).to(tl.int32))
         waited += for_others
@@ -100,8 +103,8 @@ def take_kernel(
                                             GENERATION_AT, LAYER_AT, MAX_TOKENS, GENERATIONS, LAYERS)  # fmt: skip
     is_waiting = has_asked & _fits(count, capacity, largest, likely, LIKELY_UNIT)
     # The router whose turn it is, then all that ask for the same layer.
-    is_lead, lead_layer, missing = _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers,
-                                         PAD_R, JOIN_ROWS)  # fmt: skip
+    is_lead, lead_layer, missing, _ = _lead(is_here, has_asked, is_waiting, layer, count, expected, turn, num_layers,
+                                            PAD_R, JOIN_ROWS)  # fmt: skip
     lead = tl.sum(tl.where(is_lead, router, 0), 0)
     is_asking = tl.where(is_waiting & (layer == lead_layer), 1, 0)
     skipped = tl.where(part_seq == seq, part_rows, 0)
@@ -167,8 +170,8 @@ def take_kernel(
     tl.store(taken + 3, tl.where(count <= JOIN_ROWS, (layer + 1) % num_layers, -1), mask=is_last != 0)
     if tl.max(is_lead.to(tl.int32), 0) != 0:  # also past one whose rows did not come
         tl.store(words_ptr + NEXT, (lead + 1) % ROUTERS)
-    saved = window * tl.maximum(parts - 1, 0) * tl.minimum(total, whole_rows) // whole_rows
-    earned = saved + found * ((window + RETRY - 1) // RETRY)
+    saved = window * tl.minimum(2 * rows, whole_rows) // whole_rows
+    earned = tl.sum(saved, 0) - tl.max(saved, 0) + (tl.max(saved, 0) + RETRY - 1) // RETRY
     tl.store(words_ptr + DEBT, tl.maximum(debt + waited - earned, 0))
     tl.store(words_ptr + IDLE, 1 - found)
     tl.store(counted, jobs + found)

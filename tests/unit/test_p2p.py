@@ -196,12 +196,14 @@ def test_headers_survive_packing(seq: int, layer: int, tokens: int, generation: 
     messages=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 13), st.integers(0, 3), st.sampled_from([7, 9, 8]),
                                 st.integers(0, 2**13 - 1) | st.just(0)), max_size=12),
     capacity=st.integers(1, 12), larger=st.integers(0, 4), likely=st.integers(0, 320), patience=st.integers(0, 3),
-    window=st.integers(0, 20), whole_rows=st.integers(1, 16), first=st.integers(0, 10), stop=st.booleans(),
+    window=st.integers(0, 4), whole_rows=st.integers(1, 16), debt=st.integers(0, 99), first=st.integers(0, 10),
+    stop=st.booleans(),
     expected=st.lists(st.integers(-1, 2), min_size=11, max_size=11), cut_off=st.sets(st.integers(0, 10), max_size=2),
 )  # fmt: skip
 def test_jobs_take_what_waits_as_the_twins_do(
     num_routers: int, messages: list[tuple[int, int, int, int, int]], capacity: int, larger: int, likely: int,
-    patience: int, window: int, whole_rows: int, first: int, stop: bool, expected: list[int], cut_off: set[int],
+    patience: int, window: int, whole_rows: int, debt: int, first: int, stop: bool, expected: list[int],
+    cut_off: set[int],
 ) -> None:  # fmt: skip
     """Layer 3 is one too many, 13 tokens are, 8 is no generation that is served; jobs until there is nothing left,
     larger ones after those that leave messages to them. Routers that are cut off have not written all of their message,
@@ -220,6 +222,7 @@ def test_jobs_take_what_waits_as_the_twins_do(
                 queue.inboxes[at, SMALL.flags_offset :].view(torch.int32)[tokens - 1] = 0
     for queue in queues:
         queue.desk.words[p2p_layout.NEXT] = first % num_routers
+        queue.desk.words[p2p_layout.DEBT] = debt
         queue.host[p2p_layout.STOP] = stop
         queue.desk.taken[:, 3] = torch.tensor(expected[:num_routers])
     ours, twins = queues
