@@ -25,9 +25,8 @@ class IpcLimits:
     depth: jobs on the device at a time. linger_s: for how long after a message jobs are kept waiting there for the next
     one, 0 to launch one only for a message that is there. patience: looks of such a job before it ends; window: looks
     that it takes to read a layer's experts, which a job of whole_rows does: what it is worth to wait for other routers
-    (kernels/p2p.py `take`). spin_s: for how long the thread that
-    launches looks again at once; nap_s: how long it then sleeps between two looks if no job is on the device, 0 to only
-    offer its core to others.
+    (kernels/p2p.py `take`). spin_s: for how long the thread that launches looks again at once; nap_s: how long it then
+    sleeps between two looks if no job is on the device, 0 to only offer its core to others.
     """
 
     job_tokens: int = 4096
