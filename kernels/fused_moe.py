@@ -66,6 +66,11 @@ class ExpertWeights:
         layers, slots, double, hidden = self.gate_up.shape
         return ExpertShape(layers, slots, hidden, double // 2, self.gate_up.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Over all layers, scales included."""
+        return sum(part.nbytes for part in vars(self).values() if part is not None)
+
 
 def supports(shape: ExpertShape, device: Device) -> tuple[bool, str]:
     """Whether `fused_moe` can run experts of this shape there, and why not; to be asked before weights are loaded."""

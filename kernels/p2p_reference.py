@@ -171,11 +171,13 @@ def take(
     desk: Desk, message: MessageShape, num_layers: int, job: Job, capacity: int, largest: int, likely: int,
     patience: int, window: int, whole_rows: int,
 ) -> bool:  # fmt: skip
-    headers = list(_headers(desk, message))
-    asked = [one for one in headers if _is_waiting(desk, message, num_layers, *one)]
+    headers = dict(_headers(desk, message))
+    asked = {
+        router: header for router, header in headers.items() if _is_waiting(desk, message, num_layers, router, header)
+    }
     waiting = [
         (router, header)
-        for router, header in asked
+        for router, header in asked.items()
         if capacity >= largest or layout.likely_rows(header.num_tokens, likely) <= 2 * capacity
     ]
     host = at_address(desk.host_address, (layout.shard_words(len(desk.inboxes)),), torch.int32)
@@ -183,12 +185,12 @@ def take(
     waiting.sort(key=lambda one: (one[0] - int(words[layout.NEXT])) % len(desk.inboxes))
     behind = {router: _behind(desk, header, num_layers, headers, asked) for router, header in waiting}
     lead = ([one for one in waiting if not behind[one[0]]] or waiting)[:1]
-    missing = [router for router in behind[lead[0][0]] if router not in dict(asked)] if lead else []
+    missing = [router for router in behind[lead[0][0]] if router not in asked] if lead else []
     debt, credit = int(words[layout.DEBT]), CREDIT * window * (num_layers + 2)
     if not lead:
         is_over = bool(asked or words[layout.IDLE]) or words[layout.POLLED] + 1 >= patience
     else:
-        messages = [lead[0][1], *(dict(headers)[router] for router in missing)]
+        messages = [lead[0][1], *(headers[router] for router in missing)]
         is_over = not missing or words[layout.WAITED] >= _most(credit, debt, messages, whole_rows)
     if not is_over:
         words[layout.WAITED if lead else layout.POLLED] += 1
@@ -255,14 +257,14 @@ def _most(credit: int, debt: int, messages: list[Header], whole_rows: int) -> in
 
 
 def _behind(
-    desk: Desk, header: Header, num_layers: int, headers: list[tuple[int, Header]], asked: list[tuple[int, Header]]
+    desk: Desk, header: Header, num_layers: int, headers: dict[int, Header], asked: dict[int, Header]
 ) -> list[int]:
     """Routers for which a message is held, those that have asked for an earlier layer included."""
     if header.num_tokens > JOIN_ROWS:
         return []
     found = []
-    for router, _ in headers:
-        theirs = dict(asked).get(router)
+    for router in headers:
+        theirs = asked.get(router)
         if theirs is None:
             position = int(desk.taken[router, 3])
         else:

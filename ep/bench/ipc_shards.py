@@ -167,15 +167,21 @@ def answer(pipe: Connection, timeout_s: float, complaint: str):  # type: ignore[
     raise TransportError(complaint)
 
 
-def _serve(setup: ShardSetup, pipe: Connection) -> None:
-    shard = ThreadShard(setup)
-    pipe.send("ready")
+def answer_calls(served: object, pipe: Connection, last: str | None = None) -> bool:
+    """Calls of its methods as they come, a name and arguments: True when `last` is answered, False when the other end
+    is gone."""
     while True:
         try:
             name, *arguments = pipe.recv()
-        except EOFError:  # the other end is gone
-            shard.stop()
-            return
-        pipe.send(getattr(shard, name)(*arguments))
-        if name == "stop":
-            return
+        except EOFError:
+            return False
+        pipe.send(getattr(served, name)(*arguments))
+        if name == last:
+            return True
+
+
+def _serve(setup: ShardSetup, pipe: Connection) -> None:
+    shard = ThreadShard(setup)
+    pipe.send("ready")
+    if not answer_calls(shard, pipe, last="stop"):
+        shard.stop()

@@ -28,9 +28,11 @@ from ep.terminal import Terminal
 
 if TYPE_CHECKING:
     from ep.bench.joining_router import JoiningRun
+    from ep.model import ModelSpec
 
 COMMAND = "ep bench joining"
 START_S = 300.0
+_JOBS = {True: "waits", False: "takes what is there"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ class JoiningBench:
 def run(options: JoiningOptions) -> JoiningBench:
     """Measures, prints a table and one line of JSON. Raises OptionError, ModelError, and EpError for a router that
     fails."""
-    num_routers = _check(options)
+    spec = load_preset(options.model).spec
+    num_routers = _check(options, spec)
     at, terminal = conditions(), Terminal()
     found = []
     with (
         terminal.progress("starting", total=4 * len(options.num_tokens)) as (bar, task),
-        _routers(options, num_routers) as routers,
+        _routers(options, spec, num_routers) as routers,
     ):
         for waits in (True, False):
             routers.connect(waits)
@@ -116,7 +119,7 @@ def describe(result: JoiningBench) -> Report:
             (
                 str(one.num_tokens),
                 "yes" if one.stalls else "no",
-                "waits" if one.waits else "takes what is there",
+                _JOBS[one.waits],
                 f"{one.num_steps:,}",
                 f"{one.step_ms:.2f}",
                 f"{one.mean_ms:.2f}",
@@ -128,10 +131,8 @@ def describe(result: JoiningBench) -> Report:
     series = []
     for waits in (True, False):
         of = [one for one in result.found if one.waits == waits and not one.stalls]
-        name = "waits" if waits else "takes what is there"
-        series.append(
-            Series(name, tuple(one.num_tokens for one in of), tuple(one.mean_ms for one in of), dashed=not waits)
-        )
+        tokens, means = tuple(one.num_tokens for one in of), tuple(one.mean_ms for one in of)
+        series.append(Series(_JOBS[waits], tokens, means, dashed=not waits))
     figure = Figure("step", "A step, mean", "tokens of a router", "ms", tuple(series), log_x=True)
     return Report(
         "Routers that decode, in step or not",
@@ -143,25 +144,23 @@ def describe(result: JoiningBench) -> Report:
     )
 
 
-def _check(options: JoiningOptions) -> int:
+def _check(options: JoiningOptions, spec: ModelSpec) -> int:
     """How many routers."""
     num_gpus = count_gpus()
     num_routers = options.routers or max(num_gpus, 2)
     if num_routers < 2 or num_routers > num_gpus:
         raise OptionError(f"{COMMAND}: {num_routers} routers on {num_gpus} GPUs, expected at least 2, each on its own")
-    num_experts = load_preset(options.model).spec.num_experts
-    if num_experts % num_routers:
-        raise OptionError(f"{COMMAND}: {num_experts} experts cannot be split over {num_routers} shards evenly")
+    if spec.num_experts % num_routers:
+        raise OptionError(f"{COMMAND}: {spec.num_experts} experts cannot be split over {num_routers} shards evenly")
     return num_routers
 
 
 @contextmanager
-def _routers(options: JoiningOptions, num_routers: int) -> Iterator[_Routers]:
+def _routers(options: JoiningOptions, spec: ModelSpec, num_routers: int) -> Iterator[_Routers]:
     """All loaded."""
     from ep.bench.joining_router import JoiningSetup, serve
 
-    start = multiprocessing.get_context("spawn")
-    spec, block = load_preset(options.model).spec, f"bench-{os.getpid()}"
+    start, block = multiprocessing.get_context("spawn"), f"bench-{os.getpid()}"
     pipes, processes = [], []
     try:
         for router_idx in range(num_routers):

@@ -7,7 +7,6 @@ Shape legend: T tokens of a step, H hidden, K choices per token, E logical exper
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from ep.bench.ipc_shards import ShardSetup, ThreadShard, answer_calls
 from ep.bench.moe_case import random_weights
 from ep.compute.ipc_experts import IpcExperts
 from ep.ipc_options import IpcOptions
-from ep.ipc_server import IpcServer
 from ep.ipc_setup import limits, message_shape, whole_rows
 from ep.kernels.devices import current_device
 from ep.kernels.fused_moe import ExpertShape
@@ -58,10 +57,6 @@ class JoiningRun:
     messages: int
     joined: int
 
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.step_ms)
-
 
 class JoiningRouter:
     """Made in its own process."""
@@ -75,7 +70,6 @@ class JoiningRouter:
         self._weights = random_weights(
             ExpertShape(setup.num_layers, num_slots, spec.hidden_size, spec.moe_intermediate_size, dtype), place
         )
-        self._layer_bytes = (self._weights.gate_up.nbytes + self._weights.down.nbytes) / setup.num_layers
         self._stream = torch.cuda.Stream()
         size = (spec.hidden_size, COLUMNS)
         self._matrices = [torch.randn(size, device=place, dtype=torch.bfloat16) for _ in range(NUM_MATRICES)]
@@ -83,29 +77,26 @@ class JoiningRouter:
     def start(self, waits: bool) -> RouterHandles:
         """waits: whether jobs wait for routers (kernels/p2p.py `take`)."""
         setup, spec = self._setup, self._setup.spec
-        options = IpcOptions(f"{setup.block}-{waits}", setup.num_routers, "fp8", "bf16")
+        block, num_routers, router_idx = f"{setup.block}-{waits}", setup.num_routers, setup.router_idx
+        options = IpcOptions(block, num_routers, "fp8", "bf16")
         message = message_shape(spec, options, self._place)
-        bounds = limits(self._place, True, self._layer_bytes if waits else 0.0, whole_rows(spec))
-        self._block = MailboxBlock.open(options.block, setup.num_routers, setup.num_routers)
-        self._server = IpcServer(
-            GpuDevice(setup.router_idx, own_stream=True),
-            self._block,
-            setup.router_idx,
-            message,
-            setup.num_layers,
-            IpcExperts(self._weights, self._device, spec.top_k, bounds.job_tokens, setup.num_routers, True),
-            lambda: (0,),
-            bounds,
-        )
-        self._server.start()
-        placement = even_split(setup.num_layers, spec.num_experts, setup.num_routers)
+        layer_bytes = self._weights.nbytes / setup.num_layers if waits else 0.0
+        bounds = limits(self._place, True, layer_bytes, whole_rows(spec))
+        experts = IpcExperts(self._weights, self._device, spec.top_k, bounds.job_tokens, num_routers, True)
+        self._shard = ThreadShard(
+            ShardSetup(
+                block, num_routers, num_routers, router_idx, router_idx, message, setup.num_layers, bounds,
+                lambda _: experts,
+            )
+        )  # fmt: skip
+        self._block = MailboxBlock.open(block, num_routers, num_routers)
+        placement = even_split(setup.num_layers, spec.num_experts, num_routers)
         with torch.cuda.stream(self._stream):
-            device = GpuDevice(setup.router_idx)
-            self._router = IpcTransport(device, self._block, setup.router_idx, message, placement)
+            self._router = IpcTransport(GpuDevice(router_idx), self._block, router_idx, message, placement)
             return self._router.handles
 
     def attach(self, routers: Sequence[RouterHandles]) -> list[ShardHandles]:
-        return [self._server.attach(one) for one in routers]
+        return [self._shard.attach(one) for one in routers]
 
     def connect(self, shards: Sequence[ShardHandles]) -> None:
         with torch.cuda.stream(self._stream):
@@ -149,7 +140,7 @@ class JoiningRouter:
         at random."""
         pick, router, num_tokens = random.Random(seed), self._router, self._num_tokens
         with torch.cuda.stream(self._stream):
-            before, events, began = self._server.stats, [_event()], time.monotonic()
+            before, events, began = self._shard.stats(), [_event()], time.monotonic()
             while time.monotonic() - began < seconds:
                 router.begin_step(num_tokens, num_tokens, len(events))
                 self._replay()
@@ -159,14 +150,14 @@ class JoiningRouter:
                     time.sleep(stall_ms / 1e3)
             self._stream.synchronize()
             router.check()
-        after = self._server.stats
+        after = self._shard.stats()
         took = [start.elapsed_time(end) for start, end in pairwise(events)]
         return JoiningRun(tuple(took), after.messages - before.messages, after.joined - before.joined)
 
     def stop(self) -> None:
         """After all routers are done."""
         self._router.close()
-        self._server.stop()
+        self._shard.stop()
         self._block.close()
 
 
@@ -177,12 +168,7 @@ def _event() -> torch.cuda.Event:
 
 
 def serve(setup: JoiningSetup, pipe: Connection) -> None:
-    """Calls of a JoiningRouter's methods as they come: a name and arguments."""
+    """In a process of its own: a router that the other end calls."""
     router = JoiningRouter(setup)
     pipe.send(None)
-    while True:
-        try:
-            name, *arguments = pipe.recv()
-        except EOFError:  # the other end is gone
-            return
-        pipe.send(getattr(router, name)(*arguments))
+    answer_calls(router, pipe)

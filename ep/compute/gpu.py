@@ -63,9 +63,7 @@ class GpuCompute:
 
     @property
     def slot_bytes(self) -> int:
-        weights = self._weights
-        parts = (weights.gate_up, weights.down, weights.gate_up_scale_inv, weights.down_scale_inv)
-        return sum(part.nbytes for part in parts if part is not None)
+        return self._weights.nbytes
 
     @property
     def slot_format(self) -> str:
