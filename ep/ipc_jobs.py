@@ -1,9 +1,10 @@
 """When a shard's host launches its next job, and how large it is, from the headers that it sees and what comes back.
 
-    headers of all routers ─> Demand ─> rows of the next job ─> launched ─> waits on the device ─> ended
-                                ^──────────────────────── answered ─────────────────────────────────┘
+    steps and headers of all routers ─> Demand ─> rows of the next job ─> launched ─> waits on the device ─> ended
+                                          ^──────────────────────── answered ─────────────────────────────────┘
 
-A job takes what it finds when its turn comes (kernels/p2p.py `take`), which the host does not choose. Nothing is
+A job takes what it finds when its turn comes (kernels/p2p.py `take`), which the host does not choose. A router's device
+says how large its messages will be when it begins a step, which is before the first of them is there. Nothing is
 launched here, and the clock is the caller's.
 """
 
@@ -16,6 +17,8 @@ RECENT_S = 0.02
 """For so long after a message its router may send another of that size at any moment."""
 RETRY_S = 1e-3
 """After a job that found nothing, for a message that the host has seen: how long until another one looks for it."""
+DECODE_ROWS = 256
+"""Of larger jobs two at a time are enough: they take longer than a launch, and what comes next may be small again."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class IpcLimits:
 
 @dataclass
 class _Asker:
-    """A router: its newest message, how many rows that has, and when it was seen."""
+    """A router: its newest message, how many rows that or those of its newest step have, and when it was seen."""
 
     seq: int | None = None
     rows: int = 0
@@ -69,12 +72,18 @@ class Demand:
         self._askers[router_idx] = _Asker(seq, num_rows, now)
         self._last, self._retry = now, float("-inf")
 
+    def begin(self, router_idx: int, num_rows: int, now: float) -> None:
+        """A step of a router, all of whose messages are answered: the next ones will have so many rows."""
+        asker = self._askers[router_idx]
+        asker.rows, asker.seen = num_rows, now
+        self._last, self._retry = now, float("-inf")
+
     def pause(self, now: float) -> None:
         """A job has looked in vain: none is kept waiting until the next message."""
         self._last, self._retry = float("-inf"), now + RETRY_S
 
-    def next_job(self, in_flight: int, now: float) -> int:
-        """Rows of the job that is to be launched beside those on the device, 0 for none."""
+    def next_job(self, in_flight: Sequence[int], now: float) -> int:
+        """Rows of the job that is to be launched beside those on the device, which are for so many; 0 for none."""
         is_lingering = now - self._last < self._limits.linger_s
         if not is_lingering and (in_flight or now < self._retry):
             return 0
@@ -84,8 +93,10 @@ class Demand:
         askers = self._askers.items()
         rows = sum(one.rows for router, one in askers if router in waiting or now - one.seen < RECENT_S)
         capacity = min(bucket(max(rows, 1)), self._limits.job_tokens)
-        depth = self._limits.depth
-        return capacity if in_flight < (depth if capacity <= self._limits.graph_tokens else min(depth, 2)) else 0
+        depth = self._limits.depth if capacity <= DECODE_ROWS else min(self._limits.depth, 2)
+        # Those that leave such messages to a larger one are not in its way, nor of any use.
+        fitting = sum(2 * size >= rows or size == self._limits.job_tokens for size in in_flight)
+        return capacity if fitting < depth and len(in_flight) < 2 * self._limits.depth else 0
 
 
 def bucket(num_rows: int) -> int:

@@ -149,7 +149,8 @@ class IpcRouter:
         if error is not None:  # the others are in the step already, and wait in its collectives
             with self._lock:
                 self._episodes.append(_Episode(step, step, error, is_lasting=True))
-        self._transport.begin_step(num_tokens, num_decode, step)
+        rows = self.share.rows(num_tokens)
+        self._transport.begin_step(num_tokens, num_decode, step, rows.stop - rows.start)
         self._now = now
         try:
             yield step

@@ -1,6 +1,6 @@
 """The shard's side of the data plane between GPUs of one node: a thread that keeps jobs ahead of the messages.
 
-    headers of all routers ─> poll ─> Demand ─> captured graph of a size: take ─> collect ─> experts ─> return
+    steps and headers of all routers ─> poll ─> Demand ─> captured graph of a size: take ─> collect ─> experts ─> return
 
 Graphs know no layer and no router: the device has both from the messages that it finds when a graph's turn comes.
 While messages come, graphs are launched ahead of them and wait there, so that no host has a part in a layer; after a
@@ -18,22 +18,22 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from ep.compute.base import JobCompute
 from ep.errors import OptionError, TransportError
 from ep.handover import Handover
-from ep.ipc_jobs import Demand, IpcLimits, bucket
-from ep.ipc_stats import IpcStats
+from ep.ipc_jobs import Demand, IpcLimits
+from ep.ipc_launcher import JobLauncher, JobOperands
+from ep.ipc_stats import DeviceCounts, IpcStats
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p import Desk, Job
 from ep.kernels.p2p_layout import Header, MessageShape
 from ep.kernels.shared_memory import Mapped
 from ep.transport import mailbox
-from ep.transport.ipc_device import IpcDevice, Launch
+from ep.transport.ipc_device import IpcDevice
 from ep.transport.ipc_handles import RouterHandles, ShardHandles
 from ep.transport.mailbox import MailboxBlock
 
@@ -45,13 +45,19 @@ ADD_EVERY = 1 << 16
 
 @dataclass
 class _Peer:
-    """A router. seen: the newest header that was looked at."""
+    """A router. place, begun_place: in the block, of its header and of the step that it has begun; seen, begun: what
+    was there when it was looked at. rows: of its newest message, 0 once it was told that the answer is launched, which
+    is so when there is a job for them behind newest_begun: an earlier one may not find it."""
 
     router_idx: int
     inbox: torch.Tensor
     box: Mapped
     place: int
+    begun_place: int
     seen: int
+    begun: int
+    rows: int = 0
+    newest_begun: int = 0
 
 
 class IpcServer:
@@ -80,7 +86,7 @@ class IpcServer:
         self.error: Exception | None = None
         self._device, self._block, self._shard_idx = device, block, shard_idx
         self._message, self._num_layers = message, num_layers
-        self._compute, self._generations = compute, generations
+        self._generations = generations
         self._limits = limits or IpcLimits()
         self._part = layout.likely_part(message.top_k, block.num_shards)
         self._on_failure, self._clock = on_failure, clock
@@ -97,14 +103,15 @@ class IpcServer:
         self._demand = Demand(self._limits, self._host_words[layout.ANSWERED :])
         self._served: frozenset[int] = frozenset()
         self._peers: dict[int, _Peer] = {}
-        self._counts, self._refused, self._launches, self._launch_ns = [0] * layout.NUM_COUNTS, 0, 0, 0
-        self._launched = self._in_vain = 0
-        self._launch_began: float | None = None
-        self._counting = threading.Lock()
+        self._counts = DeviceCounts(self._host_words)
+        self._refused = self._in_vain = 0
+        operands = JobOperands(
+            self._desk, self._job, self._partials, self._boxes, self._flags, message, num_layers, self._part
+        )
+        self._launcher = JobLauncher(device, operands, compute, self._limits, self._host_words, clock)
         self._handover = Handover()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
-        self._graphs: dict[int, Launch] = {}
         device.synchronize()
         self._refresh()
 
@@ -124,22 +131,14 @@ class IpcServer:
     @property
     def stats(self) -> IpcStats:
         """From any thread."""
-        jobs, messages, joined, tokens = self._add_counts()
-        return IpcStats(jobs, messages, joined, tokens, self._refused, self._launches, self._launch_ns)
-
-    def _add_counts(self) -> list[int]:
-        """All there is until now: the device's sums wrap around."""
-        sums = self._host_words[layout.DONE + 1 : layout.DONE + 1 + layout.NUM_COUNTS]
-        with self._counting:
-            for place, count in enumerate(sums):
-                self._counts[place] += (count - self._counts[place]) & _MASK
-            return list(self._counts)
+        jobs, messages, joined, tokens = self._counts.add()
+        launcher = self._launcher
+        return IpcStats(jobs, messages, joined, tokens, self._refused, launcher.launches, launcher.launch_ns)
 
     @property
     def launching_s(self) -> float:
         """For how long a launch has been under way, 0 for none. From any thread."""
-        began = self._launch_began
-        return 0.0 if began is None else self._clock() - began
+        return self._launcher.launching_s
 
     def refresh(self) -> None:
         """Other generations are served now; when this returns the device knows."""
@@ -178,18 +177,9 @@ class IpcServer:
             self._thread.join()
 
     def capture(self) -> None:
-        """A graph for every bucket up to the limit; each size is run once without one, which compiles it, and some of
-        those above the limit."""
-        limits = self._limits
-        most = min(limits.graph_tokens, limits.job_tokens)
-        sizes = sorted({bucket(num_tokens) for num_tokens in range(1, most + 1)})
-        larger = {min(bucket(most << power), limits.job_tokens) for power in range(1, 16)} if most else set()
-        for capacity in sorted({*sizes, *larger, limits.job_tokens}):
-            self._run(capacity)
-            self._device.synchronize()
-        for capacity in sizes:
-            self._graphs[capacity] = self._device.capture(partial(self._run, capacity))
-        self._launched = self._in_vain = self._host_words[layout.DONE]
+        """What jobs run."""
+        self._launcher.capture()
+        self._in_vain = self._host_words[layout.DONE]
 
     def poll(self) -> bool:
         """One look at all mailboxes, and a job if one is due. Whether anything was found."""
@@ -200,15 +190,30 @@ class IpcServer:
             self._in_vain = in_vain
             self._demand.pause(now)
         for peer in self._peers.values():
-            word = words[peer.place]
+            begun, word = words[peer.begun_place], words[peer.place]
+            if begun != peer.begun:
+                peer.begun, found = begun, True
+                rows = layout.likely_rows(layout.begun_rows(begun), self._part)
+                self._demand.begin(peer.router_idx, rows, now)
             if word != peer.seen:
-                peer.seen = word
+                peer.seen, found = word, True
                 self._look_at(peer, Header.unpack(word), now)
-                found = True
-        if capacity := self._demand.next_job((self._launched - done) & _MASK, now):
-            self._launch_job(capacity)
+        if capacity := self._demand.next_job(self._launcher.in_flight(), now):
+            self._launcher.launch(capacity)
+            if self._launcher.launches % ADD_EVERY == 0:
+                self._counts.add()
             found = True
+        for peer in self._peers.values():
+            if peer.rows:
+                self._cover(peer, Header.unpack(peer.seen).seq)
         return found
+
+    def _cover(self, peer: _Peer, seq: int) -> None:
+        """Says so to a router if the answer to this message, its newest one, is launched."""
+        is_answered = self._host_words[layout.ANSWERED + peer.router_idx] == seq
+        if is_answered or self._launcher.is_there(min(peer.rows, self._limits.job_tokens), peer.newest_begun):
+            self._block.covered[peer.router_idx, self._shard_idx] = seq
+            peer.rows = 0
 
     def _serve(self, ready: threading.Event) -> None:
         with torch.inference_mode():
@@ -243,8 +248,7 @@ class IpcServer:
     def _rest(self) -> None:
         if self._limits.nap_s:
             # Each look may take the interpreter from a router: there is time while jobs wait on the device.
-            waiting = (self._launched - self._host_words[layout.DONE]) & _MASK
-            time.sleep(self._limits.nap_s * (1 + 2 * waiting))
+            time.sleep(self._limits.nap_s * (1 + 2 * len(self._launcher.in_flight())))
         else:
             os.sched_yield()
 
@@ -274,7 +278,11 @@ class IpcServer:
             self._flags[router_idx] = box.data_ptr() + 4 * shard_idx * message.max_tokens
             self._host_words[layout.ANSWERED + router_idx] = newest
         self._block.refuse(router_idx, shard_idx, 0, 0, 0)  # what was refused to whom, or by whom, is over
-        self._peers[router_idx] = _Peer(router_idx, inbox, box, place, self._block.words[place])
+        words, begun_place = self._block.words, self._block.begun_place(router_idx)
+        self._block.covered[router_idx, shard_idx] = newest
+        self._peers[router_idx] = _Peer(
+            router_idx, inbox, box, place, begun_place, words[place], words[begun_place]
+        )
         self._demand.join(router_idx)
         return ShardHandles(shard_idx, os.getpid(), self._device.share(inbox))
 
@@ -298,6 +306,7 @@ class IpcServer:
         for peer in self._peers.values():
             if Header.unpack(peer.seen).generation not in served:  # what it still waited for is not answered any more
                 self._demand.join(peer.router_idx)
+                peer.rows = 0
 
     def _look_at(self, peer: _Peer, header: Header, now: float) -> None:
         """A new message: for the device to take, or refused. One of no rows is a mailbox that a new router emptied."""
@@ -311,31 +320,9 @@ class IpcServer:
         else:
             rows = layout.likely_rows(header.num_tokens, self._part)
             self._demand.note(peer.router_idx, header.seq, rows, now)
+            peer.rows, peer.newest_begun = rows, self._launcher.newest_begun()
 
     def _refuse(self, peer: _Peer, seq: int, code: int, value: int) -> None:
         """If the router waits for this message, its wait ends and its `check` says why."""
         self._refused += 1
         self._block.refuse(peer.router_idx, self._shard_idx, seq, code, value)
-
-    def _launch_job(self, capacity: int) -> None:
-        start, self._launch_began = time.perf_counter_ns(), self._clock()
-        graph = self._graphs.get(capacity)
-        if graph is not None:
-            graph()
-        else:
-            self._run(capacity)
-        self._launch_began = None
-        self._launched = (self._launched + 1) & _MASK
-        self._launches += 1
-        if self._launches % ADD_EVERY == 0:
-            self._add_counts()
-        self._launch_ns += time.perf_counter_ns() - start
-
-    def _run(self, capacity: int) -> None:
-        launch, job, message, desk = self._device.launch, self._job, self._message, self._desk
-        limits, sizes = self._limits, (capacity, self._limits.job_tokens, self._part)
-        waiting = (limits.patience, limits.window, limits.whole_rows)
-        launch(p2p.take, desk, message, self._num_layers, job, *sizes, *waiting)
-        launch(p2p.collect, desk, message, job, capacity)
-        self._compute(job, capacity, self._partials[:capacity])
-        launch(p2p.return_partials, self._partials, job, self._boxes, self._flags, desk, capacity)

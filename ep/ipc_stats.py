@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+
+from ep.kernels import p2p_layout as layout
+
+_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -17,3 +22,19 @@ class IpcStats:
     refused: int = 0
     launches: int = 0
     launch_ns: int = 0
+
+
+class DeviceCounts:
+    """The sums of a shard's device, by what they count (kernels/p2p_layout.py JOBS ...). words: the shard's in host
+    memory; the sums there wrap around, so that `add` is to be called before they do so twice."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words, self._counts, self._lock = words, [0] * layout.NUM_COUNTS, threading.Lock()
+
+    def add(self) -> list[int]:
+        """All there is until now. From any thread."""
+        sums = self._words[layout.DONE + 1 : layout.DONE + 1 + layout.NUM_COUNTS]
+        with self._lock:
+            for place, count in enumerate(sums):
+                self._counts[place] += (count - self._counts[place]) & _MASK
+            return list(self._counts)

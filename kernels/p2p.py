@@ -1,8 +1,8 @@
 """Router and shards on GPUs of one node that write into each other's memory: the kernels of one round trip.
 
-    router   dispatch ────────────────────────────────────────────> wait ─> combine
-               └─ header, rows and flags ─> inboxes                  ^
-    shard                             take ─> collect ─> experts ─> return: partials and flags
+    router   begin ─> dispatch ────────────────────────────────────────────> wait ─> combine
+                        └─ header, rows and flags ─> inboxes                  ^
+    shard                                      take ─> collect ─> experts ─> return: partials and flags
 
 A shard's job may be launched before the message is there that it takes: ep/ipc_server.py keeps some of them ahead. It
 learns of a message before its rows are there, and every row has a flag of its own at either end: nobody waits for a
@@ -25,7 +25,13 @@ import triton.language as tl
 
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p_layout import MessageShape
-from ep.kernels.p2p_router import combine_kernel, dispatch_kernel, wait_and_combine_kernel, wait_kernel
+from ep.kernels.p2p_router import (
+    begin_kernel,
+    combine_kernel,
+    dispatch_kernel,
+    wait_and_combine_kernel,
+    wait_kernel,
+)
 from ep.kernels.p2p_shard import collect_kernel, return_kernel, take_kernel
 from ep.kernels.quant import fp8_max
 from ep.kernels.reference import MIN_AMAX, TOKEN_BLOCK
@@ -113,6 +119,20 @@ def supports(message: MessageShape, num_shards: int, num_layers: int) -> tuple[b
     if not 0 < num_layers <= layout.MAX_LAYERS:
         return False, f"{num_layers} MoE layers, expected 1 to {layout.MAX_LAYERS}"
     return message.check()
+
+
+def begin_step(
+    words: torch.Tensor, host_address: int, num_tokens: int, num_decode: int, step: int, begun: int
+) -> None:
+    """The first num_tokens rows of the calls that follow are tokens, the first num_decode of them decode. step: its
+    number. begun: for hosts to know when the device comes here, layout.pack_begun of the rows of a message, or 0.
+
+    words [NUM_WORDS] int32; host_address: the router's words in host memory.
+    """
+    begin_kernel[(1,)](
+        words, host_address, num_tokens, num_decode, step, begun, NUM_TOKENS=layout.NUM_TOKENS,
+        NUM_DECODE=layout.NUM_DECODE, STEP=layout.STEP, BEGUN=layout.BEGUN, num_warps=1,
+    )  # fmt: skip
 
 
 def dispatch_tokens(

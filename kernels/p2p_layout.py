@@ -55,12 +55,13 @@ that is answered."""
 MAX_SERVED = 8
 """Generations that a shard may serve at a time."""
 
-ABORT, FAILED_STEP, WAITING_SEQ, DONE_SEQ = (slot * (LINE // 4) for slot in range(4))
+ABORT, FAILED_STEP, WAITING_SEQ, DONE_SEQ, BEGUN = (slot * (LINE // 4) for slot in range(5))
 """Places in a router's words in host memory [ROUTER_WORDS] int32, each in its own line. ABORT: set by hosts, ends its
 waits. The others are written by its kernels. FAILED_STEP: the step of the first wait that was given up, 0 for none.
-WAITING_SEQ, DONE_SEQ: a wait that is slow says so, and that it is over."""
+WAITING_SEQ, DONE_SEQ: a wait that is slow says so, and that it is over. BEGUN: its device has begun a step, with
+messages of so many rows (pack_begun)."""
 
-LATE = 4 * (LINE // 4)
+LATE = 5 * (LINE // 4)
 """From here on one word per shard: 1 if its answer was missing when a wait was given up."""
 
 TOKENS_AT, GENERATION_AT, LAYER_AT = 32, 45, 53
@@ -81,8 +82,21 @@ ROW_BITS = 13
 """A job's row comes from router `source >> ROW_BITS`, row `source & (1 << ROW_BITS) - 1` of its message."""
 
 
-LIKELY_UNIT = 256
+BEGUN_STEPS = 1 << 18
+"""Modulo which begun steps are counted."""
 
+
+def pack_begun(count: int, num_rows: int) -> int:
+    """A word for BEGUN, positive as int32: another one for every step."""
+    return count % BEGUN_STEPS << ROW_BITS | num_rows
+
+
+def begun_rows(word: int) -> int:
+    """0: of a router that has begun no step."""
+    return word & (1 << ROW_BITS) - 1
+
+
+LIKELY_UNIT = 256
 
 def likely_part(top_k: int, num_shards: int) -> int:
     """Of LIKELY_UNIT tokens of a message, how many have experts on one of the shards that these are split over: a

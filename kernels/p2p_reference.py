@@ -55,6 +55,14 @@ class Inbox:
         )
 
 
+def begin_step(
+    words: torch.Tensor, host_address: int, num_tokens: int, num_decode: int, step: int, begun: int
+) -> None:
+    words[layout.NUM_TOKENS], words[layout.NUM_DECODE], words[layout.STEP] = num_tokens, num_decode, step
+    if begun:
+        at_address(host_address, (layout.LATE,), torch.int32)[layout.BEGUN] = begun
+
+
 def dispatch_tokens(
     x: torch.Tensor, topk_ids: torch.Tensor, weights: torch.Tensor, tables: Tables, plan: Plan, message: MessageShape,
     load: torch.Tensor, inboxes: torch.Tensor, mailboxes: torch.Tensor, words: torch.Tensor, layer_pos: int,

@@ -1,4 +1,5 @@
-"""The bodies of the router's kernels: dispatch, wait, combine. kernels/p2p.py launches them and has their contracts.
+"""The bodies of the router's kernels: begin, dispatch, wait, combine. kernels/p2p.py launches them and has their
+contracts.
 
 Data that another device writes is read past the caches (.cv). A release at system scope, after a barrier of a program,
 publishes what the program wrote.
@@ -17,6 +18,20 @@ def _next_number(seq):
     """Not those whose flags look like memory that was never written."""
     following = seq + 1
     return following + ((following & 0x7FFFFFFF) == 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["host_address", "num_tokens", "num_decode", "step", "begun"])
+def begin_kernel(
+    words_ptr, host_address, num_tokens, num_decode, step, begun, NUM_TOKENS: tl.constexpr, NUM_DECODE: tl.constexpr,
+    STEP: tl.constexpr, BEGUN: tl.constexpr,
+):  # fmt: skip
+    """One program."""
+    tl.store(words_ptr + NUM_TOKENS, num_tokens)
+    tl.store(words_ptr + NUM_DECODE, num_decode)
+    tl.store(words_ptr + STEP, step)
+    if begun != 0:
+        host = host_address.to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(host + BEGUN, begun, sem="relaxed", scope="sys")
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_token", "layer_pos", "num_layers", "num_experts", "slots_per_shard"])

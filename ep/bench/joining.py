@@ -166,7 +166,8 @@ def _routers(options: JoiningOptions, spec: ModelSpec, num_routers: int) -> Iter
         for router_idx in range(num_routers):
             ours, theirs = start.Pipe()
             setup = JoiningSetup(
-                block, spec, options.layers, num_routers, router_idx, options.between_us, options.rest_us
+                block, spec, options.layers, num_routers, router_idx, router_idx % count_gpus(), options.between_us,
+                options.rest_us,
             )
             processes.append(start.Process(target=serve, args=(setup, theirs), daemon=True))
             processes[-1].start()

@@ -35,7 +35,7 @@ COLUMNS, NUM_MATRICES, TIMED = 8192, 8, 64
 
 @dataclass(frozen=True)
 class JoiningSetup:
-    """spec: of the model, num_layers MoE layers of which are run. router_idx: also the GPU, and the shard beside it.
+    """spec: of the model, num_layers MoE layers of which are run. router_idx: also the shard beside it. gpu: of both.
     between_us, rest_us: what products take from one MoE layer to the next, and from the last one of a step to the first
     one of the next."""
 
@@ -44,6 +44,7 @@ class JoiningSetup:
     num_layers: int
     num_routers: int
     router_idx: int
+    gpu: int
     between_us: float
     rest_us: float
 
@@ -62,9 +63,9 @@ class JoiningRouter:
     """Made in its own process."""
 
     def __init__(self, setup: JoiningSetup) -> None:
-        torch.cuda.set_device(setup.router_idx)
-        spec, place = setup.spec, torch.device("cuda", setup.router_idx)
-        self._setup, self._place, self._device = setup, place, current_device(setup.router_idx)
+        torch.cuda.set_device(setup.gpu)
+        spec, place = setup.spec, torch.device("cuda", setup.gpu)
+        self._setup, self._place, self._device = setup, place, current_device(setup.gpu)
         dtype = torch.bfloat16 if spec.quant_block is None else self._device.fp8_dtype or torch.bfloat16
         num_slots = spec.num_experts // setup.num_routers
         self._weights = random_weights(
@@ -85,14 +86,14 @@ class JoiningRouter:
         experts = IpcExperts(self._weights, self._device, spec.top_k, bounds.job_tokens, num_routers, True)
         self._shard = ThreadShard(
             ShardSetup(
-                block, num_routers, num_routers, router_idx, router_idx, message, setup.num_layers, bounds,
+                block, num_routers, num_routers, router_idx, setup.gpu, message, setup.num_layers, bounds,
                 lambda _: experts,
             )
         )  # fmt: skip
         self._block = MailboxBlock.open(block, num_routers, num_routers)
         placement = even_split(setup.num_layers, spec.num_experts, num_routers)
         with torch.cuda.stream(self._stream):
-            self._router = IpcTransport(GpuDevice(router_idx), self._block, router_idx, message, placement)
+            self._router = IpcTransport(GpuDevice(setup.gpu), self._block, router_idx, message, placement)
             return self._router.handles
 
     def attach(self, routers: Sequence[RouterHandles]) -> list[ShardHandles]:
@@ -132,7 +133,7 @@ class JoiningRouter:
                     self._router.combine()
 
             self._operands = (hidden, ids, weights, out)  # the graph's, which does not keep them
-            self._replay = GpuDevice(setup.router_idx).capture(step)
+            self._replay = GpuDevice(setup.gpu).capture(step)
         self._num_tokens = num_tokens
 
     def measure(self, seconds: float, stall_ms: float, stall_every: int, seed: int) -> JoiningRun:

@@ -16,7 +16,7 @@ from ep.bench.step_parts import LEAST_STEPS, StepParts, sum_up
 GATE = "_route_kernel"
 KINDS = {
     "gate": re.compile(f"^{GATE}$"),
-    "dispatch": re.compile(r"^(dispatch|_assign)_kernel$"),
+    "dispatch": re.compile(r"^(begin|dispatch|_assign)_kernel$"),
     "experts here": re.compile(r"^(_quantize_tokens|_permute|_count|_place|grouped_gemm\w*|sum_choices)_kernel$"),
     "experts elsewhere": re.compile(r"^wait(_and_combine)?_kernel$"),
     "combine": re.compile(r"^combine_kernel$"),

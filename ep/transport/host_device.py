@@ -83,8 +83,15 @@ class HostDevice:
     def capture(self, work: Launch) -> Launch:
         return work
 
-    def finish(self) -> None:
-        """Everything is done when it is launched."""
+    @property
+    def is_capturing(self) -> bool:
+        return False
+
+    def mark(self) -> Callable[[], bool]:
+        return lambda: True
+
+    def hold(self, until: Callable[[], bool]) -> None:
+        """What was launched is done."""
 
     def synchronize(self) -> None:
         """Likewise."""

@@ -88,8 +88,10 @@ class IpcTransport:
         self._is_closed = False
         self._lost: dict[int, TransportError] = {}
         self._refused: dict[int, TransportError] = {}
-        self._rows = self._first = 0
-        self.begin_step(message.max_tokens, 0)
+        self._rows = self._first = self._begun = 0
+        self._asked = np.ones(num_shards, dtype=bool)
+        self._is_sent: Callable[[], bool] | None = None
+        self.begin_step(message.max_tokens, 0, num_rows=0)
         self.set_placement(placement)
         device.synchronize()
         self._watch = WaitWatch(
@@ -126,6 +128,7 @@ class IpcTransport:
         """Before the first dispatch: these are reached in another way and get no messages."""
         for shard_idx in shards:
             self._plan.is_sent[shard_idx] = 0
+            self._asked[shard_idx] = False
         self._device.synchronize()
 
     def set_placement(self, placement: Placement) -> None:
@@ -147,11 +150,15 @@ class IpcTransport:
         self._words[layout.GENERATION : layout.GENERATION + 1].fill_(generation)
         self._block.generations[self.router_idx] = placement.generation
 
-    def begin_step(self, num_tokens: int, num_decode: int, step: int = 1) -> None:
+    def begin_step(self, num_tokens: int, num_decode: int, step: int = 1, num_rows: int | None = None) -> None:
         """The first num_tokens rows of the step's calls are tokens, the first num_decode of them decode. step: its
-        number, from 1 on, for `failed_step`."""
-        for place, value in ((layout.NUM_TOKENS, num_tokens), (layout.NUM_DECODE, num_decode), (layout.STEP, step)):
-            self._words[place : place + 1].fill_(value)
+        number, from 1 on, for `failed_step`. num_rows: those that this router sends in a call, None for all; shards
+        have jobs of that size ready when the device begins the step. Launches only."""
+        self._num_tokens = num_tokens
+        rows = min(num_tokens if num_rows is None else num_rows, self.message.max_tokens)
+        self._begun += 1
+        begun = layout.pack_begun(self._begun, rows) if rows else 0
+        self._device.launch(p2p.begin_step, self._words, self._host_address, num_tokens, num_decode, step, begun)
 
     def dispatch(
         self, layer_pos: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
@@ -169,6 +176,8 @@ class IpcTransport:
             p2p.dispatch_tokens, hidden, topk_ids, topk_weights, self._tables, self._plan, self.message, self._load,
             self._inboxes, self._mailboxes, self._words, layer_pos, first_token,
         )  # fmt: skip
+        is_sent = self._shares_gpu and first_token < self._num_tokens and not self._device.is_capturing
+        self._is_sent = self._device.mark() if is_sent else None
 
     @property
     def slots(self) -> torch.Tensor:
@@ -179,19 +188,26 @@ class IpcTransport:
         """The routed sum [T, H] (bf16 or float32) of the last dispatch; rows of padding are zero. What a failed step
         brings is caught by `check`.
 
-        Launches only, except where a shard of this process answers and no graph is captured: then it returns when it is
-        answered. What is launched behind a wait may have to be loaded first, for which the GPU must be idle; meanwhile
-        this process can launch nothing, and the shard's answer would never come.
+        Launches only. Where a shard of this process answers and no graph is captured it returns when all shards have
+        launched their answers: what is launched behind a wait may have to be loaded first, for which the GPU must be
+        idle; meanwhile this process can launch nothing, and an answer that it still had to launch would never come.
         """
         out = torch.empty(self._rows, self.message.hidden, dtype=dtype, device=self._device.torch_device)
         launch, waiting = self._device.launch, (self._flags, self._words, self._host_address)
         if self._shares_gpu:
             launch(p2p.wait_partials, self._plan, *waiting, self._rows, self._first)
             launch(p2p.combine_partials, self._partials, self._plan, out)
-            self._device.finish()
+            if (is_sent := self._is_sent) is not None:
+                self._device.hold(lambda: is_sent() and self._is_covered())
         else:
             launch(p2p.wait_and_combine, self._partials, self._plan, out, *waiting, self._first)
         return out
+
+    def _is_covered(self) -> bool:
+        """Whether every shard has launched its answer to the newest message, or the wait for them ends anyhow."""
+        newest = self._block.headers[self.router_idx].astype(np.int32)  # their numbers
+        is_covered = newest == self._block.covered[self.router_idx]
+        return bool((is_covered | ~self._asked).all() or self._host[layout.ABORT])
 
     def warm_up(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Runs the kernels of calls of every size, with padding for rows, which compiles and loads them: neither may be

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from ep.kernels import runtime, shared_memory
 from ep.kernels.shared_memory import Mapped, SharedTensor
 
 Launch = Callable[[], None]
+HOLD_NAP_S = 2e-5
+"""Leaves the interpreter to a shard of this process."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,17 @@ class IpcDevice(Protocol):
         """work, which only launches, as something that queues all of it at once."""
         ...
 
-    def finish(self) -> None:
-        """Waits for everything that this thread queued, unless that is being captured."""
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what this thread launches is being captured."""
+        ...
+
+    def mark(self) -> Callable[[], bool]:
+        """Whether everything that this thread has queued until now is done, whenever it is called."""
+        ...
+
+    def hold(self, until: Callable[[], bool]) -> None:
+        """Returns when this is so, which the device and others that use it see to."""
         ...
 
     def synchronize(self) -> None:
@@ -133,9 +145,18 @@ class GpuDevice:
             work()
         return graph.replay
 
-    def finish(self) -> None:
-        if not torch.cuda.is_current_stream_capturing():
-            self.synchronize()
+    @property
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def mark(self) -> Callable[[], bool]:
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
+    def hold(self, until: Callable[[], bool]) -> None:
+        while not until():
+            time.sleep(HOLD_NAP_S)
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.torch_device).synchronize()

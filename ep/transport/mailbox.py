@@ -2,7 +2,8 @@
 
     preamble             magic, numbers of routers and shards
     headers   [N, S]     the newest message of a router to a shard; written by the router's GPU, polled by the shard
-    refusals  [N, S]     which message a shard refused last, and why; written by the shard
+    refusals  [N, S]     which message a shard refused last, and why, and which it has launched an answer to; written by
+                         the shard
     routers   [N]        abort, waiting, failed, ... of each router, written by its GPU and its host; its generation
 
 The block is a file in /dev/shm without an owner: whoever comes first makes it, everybody holds a shared lock while
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ep.errors import OptionError, TransportError
-from ep.kernels.p2p_layout import LINE, router_words
+from ep.kernels.p2p_layout import BEGUN, LINE, router_words
 
 FOLDER = Path("/dev/shm")
 PREFIX = "ep-mailbox-"
@@ -57,7 +58,9 @@ class MailboxBlock:
         lines = words.reshape(-1, _LINE_WORDS)
         self._preamble = lines[0].view(np.int64)
         self.headers: npt.NDArray[np.int64] = _pairs(lines[1 : 1 + pairs], num_routers).view(np.int64)[:, :, 0]
-        self.refusals: npt.NDArray[np.int32] = _pairs(lines[1 + pairs : 1 + 2 * pairs], num_routers)[:, :, :3]
+        by_shards = _pairs(lines[1 + pairs : 1 + 2 * pairs], num_routers)
+        self.refusals: npt.NDArray[np.int32] = by_shards[:, :, :3]
+        self.covered: npt.NDArray[np.int32] = by_shards[:, :, 3]
         end = 1 + 2 * pairs + num_routers * (1 + router_words(num_shards) // _LINE_WORDS)
         rest = lines[1 + 2 * pairs : end].reshape(num_routers, -1)
         self.generations: npt.NDArray[np.int32] = rest[:, 0]
@@ -119,6 +122,10 @@ class MailboxBlock:
     def router_address(self, router_idx: int) -> int:
         """Bytes from the block's start to a router's words."""
         return int(self.routers[router_idx].ctypes.data) - self.address
+
+    def begun_place(self, router_idx: int) -> int:
+        """Index among `words` of the word by which a router begins a step, which has a line for itself."""
+        return (self.router_address(router_idx) + 4 * BEGUN) // 8
 
     def refuse(self, router_idx: int, shard_idx: int, seq: int, code: int, value: int) -> None:
         """By the shard; the router's watchdog looks for it meanwhile. code 0: nothing is refused."""

@@ -1,4 +1,5 @@
-"""`ep serve` with real vLLM and Ray on two GPUs: tokens however the experts are reached, and a killed shard."""
+"""`ep serve` with real vLLM and Ray on two GPUs, or on one that all share: tokens however the experts are reached, and
+a killed shard."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from tests.serving.served import Served, serve
 
 pytest.importorskip("vllm")
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
     pytest.mark.timeout(900),
 ]
 MODEL, NUM_PROMPTS = "deepseek-v3", 32
@@ -27,12 +28,16 @@ VLLM = (
     *("--max-model-len", "2048", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(1 << 28)),
     *("--gpu-memory-utilization", "0.2", "--cudagraph-capture-sizes", "1", "2", "4", "8", "16", "32", "64"),
 )
-LOCAL, APART = ("--transport", "local", "--shards", "1"), ("--transport", "ipc", "--shards", "1")
+HALF_ROUTER, HALF_SHARD = (
+    (("--router-gpus", "0.5"), ("--shard-gpus", "0.5")) if torch.cuda.device_count() == 1 else ((), ())
+)
+LOCAL = ("--transport", "local", "--shards", "1")
+APART = ("--transport", "ipc", "--shards", "1", "--no-share-gpus", *HALF_ROUTER, *HALF_SHARD)
 WAYS = {
     "local": (LOCAL, VLLM),
     "apart": (APART, VLLM),
-    "shared": (("--transport", "ipc", "--shards", "2", "--routers", "2"), VLLM),
-    "socket": (("--transport", "socket", "--shards", "1"), VLLM),
+    "shared": (("--transport", "ipc", "--shards", "2", "--routers", "2", "--share-gpus", *HALF_ROUTER), VLLM),
+    "socket": (("--transport", "socket", "--shards", "1", *HALF_ROUTER, *HALF_SHARD), VLLM),
     "local, eager": (LOCAL, (*VLLM, "--enforce-eager")),
     "apart, eager": (APART, (*VLLM, "--enforce-eager")),
 }

@@ -15,7 +15,7 @@ from ep.kernels import p2p
 from tests.unit.cross_compile import record
 
 KERNELS = ("dispatch_kernel", "wait_kernel", "combine_kernel", "wait_and_combine_kernel", "take_kernel",
-           "collect_kernel", "return_kernel")  # fmt: skip
+           "collect_kernel", "return_kernel", "begin_kernel")  # fmt: skip
 
 
 def main(arch: str) -> list[dict[str, Any]]:
@@ -41,6 +41,7 @@ def _launch_all(message: Any, num_experts: int, num_shards: int) -> None:
     ids, weights = torch.zeros(rows, top_k, dtype=torch.int32), torch.zeros(rows, top_k)
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
     load = torch.zeros(2, 2, num_experts, dtype=torch.int64)
+    p2p.begin_step(words, 1, rows, 0, 1, 1)
     p2p.dispatch_tokens(x, ids, weights, tables, plan, message, load, addresses, addresses, words, 0)
     flags = torch.zeros(num_shards, rows, dtype=torch.int32)
     p2p.wait_partials(plan, flags, words, 1, rows)

@@ -82,8 +82,17 @@ class SimulatedDevice:
         while self.step():
             pass
 
-    def finish(self) -> None:
-        """Left to the test."""
+    @property
+    def is_capturing(self) -> bool:
+        return self._captured is not None
+
+    def mark(self) -> Callable[[], bool]:
+        is_done: list[bool] = []
+        self._queue.append(lambda: is_done.append(True))
+        return lambda: bool(is_done)
+
+    def hold(self, until: Callable[[], bool]) -> None:
+        """Left to the test, which may put another in its place."""
 
     def synchronize(self) -> None:
         deadline = time.monotonic() + SYNCHRONIZE_S

@@ -11,13 +11,13 @@ from tests.unit.programs import printed_by
 
 KERNELS = {
     "dispatch_kernel", "wait_kernel", "combine_kernel", "wait_and_combine_kernel", "take_kernel", "collect_kernel",
-    "return_kernel",
+    "return_kernel", "begin_kernel",
 }  # fmt: skip
 OPS = {
     "_route_kernel", "_quantize_tokens_kernel", "_count_kernel", "_place_kernel", "_permute_kernel",
     "sum_choices_kernel", "_assign_kernel",
 }  # fmt: skip
-MOVERS = KERNELS - {"wait_kernel", "take_kernel"}
+MOVERS = KERNELS - {"begin_kernel", "wait_kernel", "take_kernel"}
 PUBLISHES = {"dispatch_kernel": 1, "return_kernel": 2, "wait_kernel": 3, "wait_and_combine_kernel": 3}
 """Releases at system scope: a row's flag, and what hosts are told."""
 WIDE = {"gfx942": ("dwordx4", "dwordx2"), "sm_90": ("v4.b32",)}

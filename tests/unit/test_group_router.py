@@ -18,6 +18,7 @@ from ep.share import Share
 from ep.transport.handshake import Greeting
 from ep.transport.sockets import SocketTransport
 from tests.unit.shards import (
+    BF16_BOUND,
     KEY,
     NODE,
     NUM_EXPERTS,
@@ -90,8 +91,8 @@ def test_the_routers_together_compute_what_one_does(group: Group) -> None:
             hidden, ids, weights = random_routing(group.spec, num_tokens, seed=num_tokens)
             hidden = hidden.bfloat16()
             together = group.moe(layer_pos, hidden, ids, weights)
-            assert relative_error(together, expected(experts, hidden, ids, weights)) <= 1e-2
-            assert relative_error(together, group.alone.moe(layer_pos, hidden, ids, weights)) <= 1e-2
+            assert relative_error(together, expected(experts, hidden, ids, weights)) <= BF16_BOUND
+            assert relative_error(together, group.alone.moe(layer_pos, hidden, ids, weights)) <= BF16_BOUND
 
 
 def test_each_row_is_sent_by_one_of_them(group: Group) -> None:

@@ -124,14 +124,14 @@ def test_a_launch_beside_the_router_that_waits_for_its_step_ends_it(block: Mailb
     rig = Rig(block)
     router, server, tokens = rig.routers[0], rig.servers[0], Tokens.random(12)
     seen: list[float] = []
-    compute = server._compute
+    compute = server._launcher._compute
 
     def slow(job: Job, capacity: int, out: torch.Tensor) -> None:
         rig.now += 5.0
         seen.append(server.launching_s)
         compute(job, capacity, out)
 
-    server._compute = slow
+    server._launcher._compute = slow
     tokens.send(router, 0)
     rig.serve()
     router.check()

@@ -237,7 +237,7 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def jobs_on_a_device_are_few(self) -> None:
         for device in getattr(self, "shard_devices", []):
-            assert len(device._queue) <= 4 * self.limits.depth
+            assert len(device._queue) <= 4 * 2 * self.limits.depth
 
     def teardown(self) -> None:
         if not hasattr(self, "block"):

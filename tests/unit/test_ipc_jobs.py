@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep.ipc_jobs import Demand, IpcLimits, bucket
+from ep.ipc_jobs import DECODE_ROWS, Demand, IpcLimits, bucket
 from ep.kernels.p2p_layout import likely_part, likely_rows
 
 
@@ -31,10 +31,10 @@ def test_buckets_are_the_smallest_that_fit(num_rows: int) -> None:
     limits=st.builds(IpcLimits, job_tokens=st.integers(8, 64), graph_tokens=st.integers(0, 64),
                      depth=st.integers(1, 4), linger_s=st.sampled_from([0.0, 1.0])),
     messages=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 100), st.booleans()), max_size=8),
-    in_flight=st.integers(0, 5), pause=st.sampled_from([0.0, 0.5, 2.0]),
+    in_flight=st.lists(st.integers(1, 64), max_size=5), pause=st.sampled_from([0.0, 0.5, 2.0]),
 )  # fmt: skip
 def test_there_is_a_job_whenever_somebody_waits_for_one(
-    limits: IpcLimits, messages: list[tuple[int, int, bool]], in_flight: int, pause: float
+    limits: IpcLimits, messages: list[tuple[int, int, bool]], in_flight: list[int], pause: float
 ) -> None:
     answered = [0] * 4
     demand = Demand(limits, answered)
@@ -53,8 +53,29 @@ def test_there_is_a_job_whenever_somebody_waits_for_one(
     assert capacity >= min(sum(waiting), limits.job_tokens) or in_flight
     assert not capacity or waiting or is_lingering
     assert capacity or in_flight or not (waiting or is_lingering)
-    assert not capacity or in_flight < limits.depth
+    assert not capacity or len(in_flight) < 2 * limits.depth
+    assert not capacity or sum(2 * size >= capacity for size in in_flight) < limits.depth
     for router in list(newest):
         demand.leave(router)
         demand.join(router)  # another one: nothing is known of what it wants
-    assert is_lingering or not demand.next_job(0, now=pause)
+    assert is_lingering or not demand.next_job([], now=pause)
+
+
+@given(before=st.integers(1, 5000), rows=st.integers(1, 5000), depth=st.integers(1, 8), others=st.integers(0, 8))
+def test_jobs_for_a_step_are_of_its_size_whatever_waits_already(
+    before: int, rows: int, depth: int, others: int
+) -> None:
+    limits = IpcLimits(job_tokens=4096, graph_tokens=1024, depth=depth, linger_s=1.0)
+    demand = Demand(limits, [1])
+    demand.join(0)
+    demand.note(0, 1, before, now=0.0)
+    in_flight = [min(bucket(before), 4096)] * min(others, depth)
+    demand.begin(0, rows, now=0.5)
+    fit = [size for size in in_flight if 2 * size >= rows or size == 4096]
+    most = depth if bucket(rows) <= DECODE_ROWS else min(depth, 2)
+    for _ in range(max(most - len(fit), 0)):
+        capacity = demand.next_job(in_flight, now=0.51)
+        assert capacity == min(bucket(rows), 4096)
+        in_flight.append(capacity)
+    assert not demand.next_job(in_flight, now=0.51)
+    assert not demand.next_job([], now=2.0)  # no message came of it

@@ -80,6 +80,7 @@ LAYERS = (
             "ep.far_shards",
             "ep.handover",
             "ep.ipc_jobs",
+            "ep.ipc_launcher",
             "ep.ipc_stats",
             "ep.ipc_options",
             "ep.ipc_router",

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep.errors import OptionError, TransportError
-from ep.kernels.p2p_layout import LINE, router_words
+from ep.kernels.p2p_layout import BEGUN, LINE, router_words
 from ep.transport import mailbox
 from ep.transport.liveness import ProcessSentinel
 from ep.transport.mailbox import MailboxBlock
@@ -88,11 +88,11 @@ def test_a_leftover_of_the_same_name_is_not_attached_to(name: str) -> None:
 
 def test_other_dimensions_and_bad_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailbox, "ATTACH_S", 0.1)
-    block = MailboxBlock.open(name, 2, 3)
-    with pytest.raises(TransportError, match="2 routers and 3 shards, expected 3 and 2"):
-        MailboxBlock.open(name, 3, 2)
+    block = MailboxBlock.open(name, 1, 2)
+    with pytest.raises(TransportError, match="1 routers and 2 shards, expected 2 and 1"):
+        MailboxBlock.open(name, 2, 1)
     with pytest.raises(TransportError, match="bytes, expected"):
-        MailboxBlock.open(name, 40, 3)
+        MailboxBlock.open(name, 40, 2)
     block.close()
     with pytest.raises(OptionError, match="mailbox name is"):
         MailboxBlock.open("../x", 1, 1)
@@ -106,12 +106,15 @@ def test_no_two_words_lie_in_one_line(num_routers: int, num_shards: int) -> None
     for router, shard in pairs:
         address = block.headers[router, shard:].ctypes.data
         assert address - base == block.header_address(router, shard) == 8 * block.header_place(router, shard)
+        assert block.covered[router, shard:].ctypes.data not in range(address, address + LINE)
         for kind, start in ((0, address), (1, block.refusals[router, shard].ctypes.data)):
             assert lines.setdefault((start - base) // LINE, (kind, router, shard)) == (kind, router, shard)
     for router in range(num_routers):
         own = [block.generations[router:].ctypes.data - base]
         own += range(block.router_address(router), block.router_address(router) + router_words(num_shards) * 4, LINE)
         assert block.routers.shape[1] == router_words(num_shards)
+        block.routers[router, BEGUN] = router + 7
+        assert block.words[block.begun_place(router)] == router + 7
         for address in own:
             assert lines.setdefault(address // LINE, (2, router)) == (2, router)
         assert max(own) + LINE <= block.num_bytes

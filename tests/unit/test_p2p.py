@@ -255,6 +255,23 @@ def test_jobs_take_what_waits_as_the_twins_do(
     assert not any(wanted.values())
 
 
+@given(numbers=st.lists(st.integers(0, 2**31 - 1), min_size=3, max_size=3), steps=st.integers(1, 2**31 - 1),
+       rows=st.integers(0, 4096))  # fmt: skip
+def test_a_step_begins_as_the_twins_begin_it(numbers: list[int], steps: int, rows: int) -> None:
+    begun = p2p_layout.pack_begun(steps, rows) if rows else 0
+    found = []
+    for ops in BOTH:
+        words = torch.full((p2p_layout.NUM_WORDS,), 7, dtype=torch.int32)
+        host = torch.full((p2p_layout.router_words(2),), 7, dtype=torch.int32)
+        ops.begin_step(words, host.data_ptr(), *numbers, begun)
+        found.append((words, host))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    (words, host), _ = found
+    assert [int(words[place]) for place in (p2p_layout.NUM_TOKENS, p2p_layout.NUM_DECODE, p2p_layout.STEP)] == numbers
+    assert p2p_layout.begun_rows(int(host[p2p_layout.BEGUN])) == (rows or 7)
+    assert not rows or begun != p2p_layout.pack_begun(steps + 1, rows)
+
+
 @on_cpu
 def test_who_goes_on_meanwhile_is_found_by_the_next_job() -> None:
     """Nothing of its message was for this shard, which was busy until the router had its answers from others. (The twin

@@ -23,6 +23,7 @@ from ep.transport.handshake import Greeting
 from ep.transport.local import LocalTransport
 from ep.transport.sockets import SocketTransport
 from tests.unit.shards import (
+    BF16_BOUND,
     KEY,
     NODE,
     NUM_EXPERTS,
@@ -35,7 +36,7 @@ from tests.unit.shards import (
     relative_error,
 )
 
-BOUND = {"f32": 1e-5, "bf16": 1e-2}
+BOUND = {"f32": 1e-5, "bf16": BF16_BOUND}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 MAX_TOKENS = 64
 
