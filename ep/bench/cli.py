@@ -173,7 +173,7 @@ def bench_transport(transport: str, num_tokens: tuple[int, ...], **options: Any)
 
 @bench.command("joining")
 @_MODEL
-@click.option("--routers", type=click.IntRange(2), help="Each on a GPU of its own, a shard beside it. [default: all]")
+@click.option("--routers", type=click.IntRange(2), help="A shard beside each. [default: one on each GPU]")
 @click.option("--num-tokens", type=Listing(int), default=(), help="Of a router's step. [default: 16,64,128]")
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="MoE layers of a step.")
 @click.option("--between-us", type=click.FloatRange(0), default=250.0, show_default=True, help="From one to the next.")

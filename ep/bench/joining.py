@@ -3,6 +3,9 @@ together, so that the experts' weights are read once for all of them, and what i
 
 No server and no vLLM: products of matrices stand for what a step does beside its experts. In turns with jobs that wait
 for routers (kernels/p2p.py `take`), the same with jobs that take what is there.
+
+Where routers share a GPU, as they must on a machine with one, NVIDIA's MPS has to give each a part of it: without, they
+have it in turns of milliseconds.
 """
 
 from __future__ import annotations
@@ -37,9 +40,10 @@ _JOBS = {True: "waits", False: "takes what is there"}
 
 @dataclass(frozen=True)
 class JoiningOptions:
-    """Options of `ep bench joining`. num_tokens: of a step of each router. routers: None for one on each GPU. layers:
-    MoE layers of a step. between_us, rest_us: what a step computes between two of them, and beside that. seconds: of
-    each measurement. stall_ms: for so long a router's host stalls once in stall_every steps, at random."""
+    """Options of `ep bench joining`. num_tokens: of a step of each router. routers: None for one on each GPU; more than
+    there are GPUs share them. layers: MoE layers of a step. between_us, rest_us: what a step computes between two of
+    them, and beside that. seconds: of each measurement. stall_ms: for so long a router's host stalls once in
+    stall_every steps, at random."""
 
     model: str = "deepseek-v3"
     routers: int | None = None
@@ -74,19 +78,20 @@ class JoiningBench:
     conditions: Conditions
     options: JoiningOptions
     num_routers: int
+    num_gpus: int
     found: tuple[Joining, ...]
 
 
 def run(options: JoiningOptions) -> JoiningBench:
     """Measures, prints a table and one line of JSON. Raises OptionError, ModelError, and EpError for a router that
     fails."""
-    spec = load_preset(options.model).spec
-    num_routers = _check(options, spec)
+    spec, num_gpus = load_preset(options.model).spec, count_gpus()
+    num_routers = _check(options, spec, num_gpus)
     at, terminal = conditions(), Terminal()
     found = []
     with (
         terminal.progress("starting", total=4 * len(options.num_tokens)) as (bar, task),
-        _routers(options, spec, num_routers) as routers,
+        _routers(options, spec, num_routers, num_gpus) as routers,
     ):
         for waits in (True, False):
             routers.connect(waits)
@@ -98,7 +103,7 @@ def run(options: JoiningOptions) -> JoiningBench:
                     found.append(sum_up(num_tokens, waits, stalls, runs))
                     bar.advance(task)
             routers.all("stop")
-    bench = JoiningBench(at, options, num_routers, tuple(found))
+    bench = JoiningBench(at, options, num_routers, num_gpus, tuple(found))
     publish("joining", bench, describe(bench), terminal.console)
     return bench
 
@@ -127,7 +132,8 @@ def describe(result: JoiningBench) -> Report:
             )
         )
     columns = ("tokens", "stalls", "a job", "steps", "median ms", "mean ms", "joined")
-    title = f"{result.num_routers} routers, a shard beside each: a step of {options.layers} MoE layers"
+    places = f"{result.num_gpus} GPUs" if result.num_gpus > 1 else "one GPU"
+    title = f"{result.num_routers} routers on {places}, a shard beside each: a step of {options.layers} MoE layers"
     series = []
     for waits in (True, False):
         of = [one for one in result.found if one.waits == waits and not one.stalls]
@@ -144,19 +150,21 @@ def describe(result: JoiningBench) -> Report:
     )
 
 
-def _check(options: JoiningOptions, spec: ModelSpec) -> int:
+def _check(options: JoiningOptions, spec: ModelSpec, num_gpus: int) -> int:
     """How many routers."""
-    num_gpus = count_gpus()
-    num_routers = options.routers or max(num_gpus, 2)
-    if num_routers < 2 or num_routers > num_gpus:
-        raise OptionError(f"{COMMAND}: {num_routers} routers on {num_gpus} GPUs, expected at least 2, each on its own")
+    num_routers = options.routers or num_gpus
+    if not num_gpus:
+        raise OptionError(f"{COMMAND}: found no GPU")
+    if num_routers < 2:
+        of_their_own = ", or --routers 2, which share this one and need MPS for it" if num_gpus == 1 else ""
+        raise OptionError(f"{COMMAND}: {num_routers} routers, expected at least 2, each on its own GPU{of_their_own}")
     if spec.num_experts % num_routers:
         raise OptionError(f"{COMMAND}: {spec.num_experts} experts cannot be split over {num_routers} shards evenly")
     return num_routers
 
 
 @contextmanager
-def _routers(options: JoiningOptions, spec: ModelSpec, num_routers: int) -> Iterator[_Routers]:
+def _routers(options: JoiningOptions, spec: ModelSpec, num_routers: int, num_gpus: int) -> Iterator[_Routers]:
     """All loaded."""
     from ep.bench.joining_router import JoiningSetup, serve
 
@@ -166,9 +174,9 @@ def _routers(options: JoiningOptions, spec: ModelSpec, num_routers: int) -> Iter
         for router_idx in range(num_routers):
             ours, theirs = start.Pipe()
             setup = JoiningSetup(
-                block, spec, options.layers, num_routers, router_idx, router_idx % count_gpus(), options.between_us,
+                block, spec, options.layers, num_routers, router_idx, router_idx % num_gpus, options.between_us,
                 options.rest_us,
-            )
+            )  # fmt: skip
             processes.append(start.Process(target=serve, args=(setup, theirs), daemon=True))
             processes[-1].start()
             theirs.close()

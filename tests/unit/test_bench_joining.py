@@ -26,8 +26,9 @@ def test_the_table_has_every_measurement_beside_what_it_is_compared_with() -> No
         for tokens in (16, 64)
         for stalls in (True, False)
     ]
-    report = describe(JoiningBench(conditions(), JoiningOptions(num_tokens=(16, 64)), 2, tuple(found)))
+    report = describe(JoiningBench(conditions(), JoiningOptions(num_tokens=(16, 64)), 2, 1, tuple(found)))
     (sheet,) = report.sheets
+    assert sheet.title.startswith("2 routers on one GPU")
     assert [row[:3] for row in sheet.rows] == [
         (tokens, stalls, waits)
         for tokens in ("16", "64") for stalls in ("no", "yes") for waits in ("waits", "takes what is there")
@@ -39,9 +40,10 @@ def test_the_table_has_every_measurement_beside_what_it_is_compared_with() -> No
 @pytest.mark.parametrize(
     ("num_gpus", "model", "routers", "words"),
     [
-        (0, "deepseek-v3", None, "2 routers on 0 GPUs"),
-        (1, "deepseek-v3", None, "2 routers on 1 GPUs"),
-        (4, "deepseek-v3", 5, "5 routers on 4 GPUs"),
+        (0, "deepseek-v3", None, "found no GPU"),
+        (1, "deepseek-v3", None, "1 routers, expected at least 2, each on its own GPU, or --routers 2"),
+        (4, "deepseek-v3", 1, "1 routers, expected at least 2, each on its own GPU$"),
+        (1, "deepseek-v3", 5, "256 experts cannot be split over 5 shards"),
         (3, "deepseek-v3", None, "256 experts cannot be split over 3 shards"),
     ],
 )
