@@ -15,7 +15,7 @@ from ep.terminal import Terminal
 
 if TYPE_CHECKING:
     from ep.cluster.launch import Launch
-    from ep.serve import ServeOptions
+    from ep.serve_options import ServeOptions
 
 
 def announce(options: ServeOptions, launch: Launch, terminal: Terminal, ended: threading.Event) -> None:

@@ -29,7 +29,11 @@ def cli() -> None:
     type=click.IntRange(1),
     help="With --synthetic: so many layers of the published shapes; their weights are made where they are held.",
 )
-@click.option("--shards", type=click.IntRange(1), help="Shards that the experts are split over. [default: up to 2]")
+@click.option(
+    "--shards",
+    type=click.IntRange(1),
+    help="Shards that the experts are split over. [default: one a GPU; up to 2 without]",
+)
 @click.option("--nodes", type=click.IntRange(1), help="Nodes of the cluster to spread them over. [default: all]")
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -37,10 +41,11 @@ def cli() -> None:
 @click.option(
     "--transport",
     type=click.Choice(TRANSPORTS),
-    default="socket",
+    default="auto",
     show_default=True,
     help="socket: to shards on any host. ipc: through memory that routers and shards of one host share, between GPUs "
-    "without a host in the way. local: all slots in the router's process.",
+    "without a host in the way, to other hosts by sockets. local: all slots in the router's process. auto: ipc where "
+    "attention runs on GPUs, else socket.",
 )
 @click.option(
     "--share-gpus/--no-share-gpus",
@@ -137,8 +142,8 @@ def cli() -> None:
 @click.option("--verbose", is_flag=True, help="Library logs on the terminal instead of in a file.")
 def serve(**options: Any) -> None:
     """Serve MODEL (a preset or a checkpoint's directory) with an OpenAI API; vLLM flags follow `--`."""
-    from ep.serve import ServeOptions
     from ep.serve import serve as run
+    from ep.serve_options import ServeOptions
 
     run(ServeOptions(**options))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-TRANSPORTS = ("socket", "ipc", "local")
+TRANSPORTS = ("auto", "socket", "ipc", "local")
 
 
 class FlagsForVllm(click.Command):

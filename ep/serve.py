@@ -8,20 +8,14 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ep.announce import announce
 from ep.cluster.router_actor import FAILED
 from ep.devices import count_gpus, serves_on_gpu
-from ep.errors import ClusterError, OptionError, PlacementError
-from ep.model import ModelSpec
-from ep.placement import Placement, even_split, with_spares
-from ep.planning.plan import plan
-from ep.planning.request import PlanRequest
+from ep.errors import ClusterError, OptionError
+from ep.serve_options import ServeOptions, check, check_memory, first_placement, num_hosted, resolved
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal, state_dir
 from ep.trace_path import check_trace, trace_path
@@ -34,59 +28,6 @@ _HARDWARE_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "GPU_MAX_HW_QUEUES": "1
 """CUDA's and HIP's names. Two streams that share a queue wait for each other, also for a kernel that waits itself."""
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """The options of `ep serve`; vllm_flags are passed on to vLLM's own parser.
-
-    layers: with synthetic, so many layers of the published shapes, their weights made on the devices that hold them.
-    address: None joins the cluster that `ray start` made on this machine and starts a local one where there is none;
-    "local" always starts one. nodes: of the cluster, that the shards are spread over; None for all that have room.
-    shard_cpus, shard_threads and shard_gpus are per shard, router_gpus per router; GPUs are asked for where vLLM
-    computes on them. deadline_s bounds a layer's round trip, the restart of a lost shard included. expert_dtype: auto
-    keeps an FP8 checkpoint's experts FP8 on GPUs and dequantises
-    them to bf16 on CPUs, fp8 keeps them FP8 there too. redundant: replicas per layer beyond one slot for each expert.
-    routers: engines with attention and KV cache of their own behind the one server; each is as many router actors as
-    vLLM's --tensor-parallel-size says. spare_slots: empty slots per shard and layer that a rebalance moves into, by
-    default one for every 16.
-    share_gpus: with ipc, as many shards as there are routers live in the routers' processes; None: only those for
-    which there is no GPU left. trace: new file that load is recorded in, "none" for none, None for one in the state
-    folder. check: end as soon as a first token has come back.
-    """
-
-    model: str
-    checkpoint: str | None = None
-    synthetic: bool = False
-    layers: int | None = None
-    shards: int | None = None
-    nodes: int | None = None
-    address: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    transport: str = "socket"
-    share_gpus: bool | None = None
-    dispatch_dtype: str = "bf16"
-    combine_dtype: str = "f32"
-    expert_dtype: str = "auto"
-    deadline_s: float = 60.0
-    wait_s: float = 60.0
-    shard_cpus: float = 1.0
-    shard_threads: int = 1
-    shard_gpus: float = 1.0
-    router_gpus: float = 1.0
-    routers: int = 1
-    router_threads: int = 1
-    redundant: int = 0
-    spare_slots: int | None = None
-    auto_rebalance: bool = True
-    rebalance_interval_s: float = 60.0
-    trace: str | None = None
-    trace_window_s: float = 10.0
-    api_key: str | None = None
-    check: bool = False
-    verbose: bool = False
-    vllm_flags: tuple[str, ...] = ()
-
-
 def serve(options: ServeOptions) -> None:
     """Run until Ctrl-C or SIGTERM. Raises UserError for what the user can mend, ClusterError for Ray's failures."""
     terminal = Terminal(options.verbose)
@@ -96,21 +37,8 @@ def serve(options: ServeOptions) -> None:
     num_routers = options.routers * tensor_parallel_size(options.vllm_flags)
     check_trace(options.trace, num_routers)
     target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)
-    num_shards = options.shards if options.shards is not None else default_shards()
-    if num_shards > target.spec.num_experts:
-        raise PlacementError(
-            f"--shards {num_shards}: {target.name} has {target.spec.num_experts} experts a layer, "
-            f"expected 1 to {target.spec.num_experts} shards"
-        )
-    if options.nodes is not None and options.nodes > num_shards:
-        raise OptionError(f"--nodes {options.nodes}: expected at most one for each of {num_shards} shards")
-    placement = first_placement(target.spec, num_shards, options)
-    if options.transport == "local" and num_routers > 1:
-        raise OptionError(
-            f"--transport local: {num_routers} routers would each hold all experts, expected socket or ipc"
-        )
-    if options.share_gpus is not None and options.transport != "ipc":
-        raise OptionError(f"--share-gpus: of --transport ipc, not of {options.transport}")
+    options = resolved(options, target.spec.num_experts, count_gpus() if serves_on_gpu() else 0)
+    placement = first_placement(target.spec, check(options, target, num_routers), options)
     with terminal.quiet("serve"):
         try:
             _serve(options, target, placement, terminal)
@@ -120,43 +48,6 @@ def serve(options: ServeOptions) -> None:
             _ignore_signals()
             _end_ray()
     terminal.say("stopped: no process left")
-
-
-def first_placement(spec: ModelSpec, num_shards: int, options: ServeOptions) -> Placement:
-    """Before any load was seen: every expert counts the same. Raises PlacementError."""
-    placement = even_split(spec.num_moe_layers, spec.num_experts, num_shards)
-    if options.redundant:
-        uniform = np.ones((spec.num_moe_layers, spec.num_experts))
-        placement = plan(uniform, PlanRequest(num_shards, options.redundant)).placement
-    if options.transport == "local":
-        return placement
-    spare = options.spare_slots if options.spare_slots is not None else -(-placement.slots_per_shard // 16)
-    return with_spares(placement, spare)
-
-
-def check_memory(spec: ModelSpec, placement: Placement, options: ServeOptions, available: int) -> None:
-    """Raises OptionError where the slots cannot fit into available bytes, the memory of all nodes."""
-    keeps_fp8 = spec.quant_block is not None and options.expert_dtype == "fp8"
-    expert_bytes = spec.expert_bytes if keeps_fp8 else 2 * spec.expert_params
-    needed = placement.slots.size * expert_bytes
-    if needed > available:
-        raise OptionError(
-            f"--shards {placement.num_shards} --redundant {options.redundant}: {placement.slots.size} slots of "
-            f"{expert_bytes / 1e6:.2f} MB need {needed / 1e9:.1f} GB, the cluster's memory is {available / 1e9:.1f} GB"
-        )
-
-
-def num_hosted(options: ServeOptions, num_shards: int, num_routers: int, num_gpus: int) -> int:
-    """Shards that live in routers' processes. num_gpus: of this machine, 0 where vLLM computes on the CPU."""
-    most = min(num_shards, num_routers) if options.transport == "ipc" else 0
-    if options.share_gpus is None:
-        return max(min(most, num_shards + num_routers - num_gpus), 0) if num_gpus else 0
-    return most if options.share_gpus else 0
-
-
-def default_shards() -> int:
-    """One shard a CPU core, at most 2: on one machine more shards only add messages."""
-    return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
 def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Terminal) -> None:

@@ -18,9 +18,8 @@ GIB = 1 << 30
 
 
 OF_EP = (
-    "`ep serve` on GPUs with --transport socket, its default: piecewise in place of full, as graphs end before every "
-    "MoE layer's dispatch and combine; whole steps with --transport ipc, if all shards are on the router's host, and "
-    "with --transport local, where one GPU holds all experts"
+    "`ep serve` on GPUs captures whole steps where all shards are on the router's host; with shards on other hosts, or "
+    "with --transport socket: piecewise in place of full, as graphs end before every MoE layer's dispatch and combine"
 )
 """What ep/engine/server.py makes of the rule."""
 

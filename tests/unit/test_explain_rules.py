@@ -27,7 +27,7 @@ from ep.explain.round_trip import row_bytes, shards_per_token
 from ep.explain.steps import Batch
 from ep.explain.words import sizes_list, span
 from ep.presets import list_presets, load_preset
-from ep.serve import ServeOptions, first_placement
+from ep.serve_options import ServeOptions, first_placement
 from ep.transport.handshake import MAX_TOKENS
 from ep.wire import dispatch_layout
 

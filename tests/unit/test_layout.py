@@ -103,6 +103,7 @@ LAYERS = (
             "ep.cli",
             "ep.__main__",
             "ep.serve",
+            "ep.serve_options",
             "ep.announce",
             "ep.status",
             "ep.instances",

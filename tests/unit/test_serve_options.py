@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
 
 from ep.errors import OptionError, PlacementError
+from ep.kernels.p2p import supports
+from ep.kernels.p2p_layout import MessageShape
 from ep.model import ModelSpec
 from ep.presets import load_preset
-from ep.serve import ServeOptions, check_memory, first_placement, num_hosted
+from ep.serve_options import IPC_SHARDS, ServeOptions, check_memory, first_placement, num_hosted, resolved
 
 
 @pytest.fixture
@@ -58,3 +62,37 @@ def test_shards_live_with_routers_where_gpus_are_few(
     options = ServeOptions("deepseek-v3", transport="ipc", share_gpus=asked)
     assert num_hosted(options, shards, routers, gpus) == hosted
     assert num_hosted(ServeOptions("deepseek-v3"), shards, routers, gpus) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "num_gpus", "shards", "transport"),
+    [
+        ({}, 8, 8, "ipc"),
+        ({}, 1, 1, "ipc"),
+        ({}, 6, 4, "ipc"),  # 256 experts on 6 are 43 for some and 41 for one
+        ({"shards": 16}, 8, 16, "ipc"),
+        ({"shards": IPC_SHARDS + 8}, 8, IPC_SHARDS + 8, "socket"),
+        ({"transport": "socket"}, 8, 8, "socket"),
+        ({"transport": "local"}, 8, 1, "local"),
+        ({"shards": 3}, 0, 3, "socket"),
+        ({"shards": 2, "transport": "ipc"}, 0, 2, "ipc"),
+    ],
+)
+def test_what_is_left_open_goes_by_the_gpus(
+    given: dict[str, Any], num_gpus: int, shards: int, transport: str, spec: ModelSpec
+) -> None:
+    options = ServeOptions("deepseek-v3", **given)
+    found = resolved(options, spec.num_experts, num_gpus)
+    assert (found.shards, found.transport) == (shards, transport)
+    assert found == resolved(found, spec.num_experts, num_gpus)
+    assert dataclasses.replace(found, shards=options.shards, transport=options.transport) == options
+
+
+def test_without_gpus_a_shard_a_core_and_no_more_than_two(spec: ModelSpec) -> None:
+    found = resolved(ServeOptions("deepseek-v3"), spec.num_experts, 0)
+    assert found.transport == "socket" and found.shards in (1, 2)
+
+
+def test_ipc_reaches_so_many_shards() -> None:
+    message = MessageShape(16, 128, 2, torch.bfloat16)
+    assert supports(message, IPC_SHARDS, 1)[0] and not supports(message, IPC_SHARDS + 1, 1)[0]
