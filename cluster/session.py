@@ -115,6 +115,14 @@ def _check_reachable(address: str) -> None:
         raise OptionError(f"--address {address}: no Ray cluster answers ({error})") from None
 
 
+def cluster_gpus(node_id: str, num_nodes: int | None) -> int:
+    """Of this node and as many others as make num_nodes, those with most first; None: of all that live."""
+    alive = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
+    here = alive.pop(node_id, 0)
+    others = sorted(alive.values(), reverse=True)
+    return here + sum(others if num_nodes is None else others[: num_nodes - 1])
+
+
 def cluster_memory() -> int:
     """Bytes of memory of all nodes that live, as Ray counts it for its workers."""
     return int(sum(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]))

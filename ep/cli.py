@@ -32,7 +32,7 @@ def cli() -> None:
 @click.option(
     "--shards",
     type=click.IntRange(1),
-    help="Shards that the experts are split over. [default: one a GPU; up to 2 without]",
+    help="Shards that the experts are split over. [default: one a GPU of the cluster; up to 2 without]",
 )
 @click.option("--nodes", type=click.IntRange(1), help="Nodes of the cluster to spread them over. [default: all]")
 @click.option("--address", metavar="HOST:PORT|auto|local", help="Ray cluster to join. [default: auto, else local]")

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ep.announce import announce
 from ep.cluster.router_actor import FAILED
 from ep.devices import count_gpus, serves_on_gpu
 from ep.errors import ClusterError, OptionError
-from ep.serve_options import ServeOptions, check, check_memory, first_placement, num_hosted, resolved
+from ep.serve_options import ServeOptions, check, check_memory, num_hosted, resolved
 from ep.target import Target, resolve_target
 from ep.terminal import Terminal, state_dir
 from ep.trace_path import check_trace, trace_path
@@ -37,11 +38,12 @@ def serve(options: ServeOptions) -> None:
     num_routers = options.routers * tensor_parallel_size(options.vllm_flags)
     check_trace(options.trace, num_routers)
     target = resolve_target(options.model, options.checkpoint, options.synthetic, terminal, options.layers)
-    options = resolved(options, target.spec.num_experts, count_gpus() if serves_on_gpu() else 0)
-    placement = first_placement(target.spec, check(options, target, num_routers), options)
+    # Mistakes are told before a cluster is joined, which may have more GPUs than this machine.
+    alone = resolved(options, target.spec.num_experts, count_gpus() if serves_on_gpu() else 0)
+    check(alone if options.shards is not None else replace(alone, nodes=None), target, num_routers)
     with terminal.quiet("serve"):
         try:
-            _serve(options, target, placement, terminal)
+            _serve(options, alone, target, terminal)
         except KeyboardInterrupt:
             terminal.say("stopping")
         finally:
@@ -50,7 +52,8 @@ def serve(options: ServeOptions) -> None:
     terminal.say("stopped: no process left")
 
 
-def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Terminal) -> None:
+def _serve(options: ServeOptions, alone: ServeOptions, target: Target, terminal: Terminal) -> None:
+    """alone: the options as they were resolved without a cluster."""
     # An engine that is forked has this process's connection to Ray without the threads that serve it.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     vllm = _InBackground(_import_server)
@@ -65,15 +68,18 @@ def _serve(options: ServeOptions, target: Target, placement: Any, terminal: Term
         address = sessions.find_started()
         if address is None and options.address == "auto":
             raise OptionError("--address auto: `ray start` has made no cluster on this machine")
-    needed = int(placement.num_shards * options.shard_cpus + 0.999)
+    assert alone.shards is not None
+    needed = int(alone.shards * options.shard_cpus + 0.999)
     session = sessions.join_or_start(None if address == "local" else address, max(os.cpu_count() or 1, needed))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
     terminal.say(f"{'started a local Ray' if session.started else 'joined the Ray cluster'} at {session.address}")
     on_gpu = serves_on_gpu()
-    num_gpus = count_gpus() if on_gpu else 0
+    num_gpus = sessions.cluster_gpus(session.node_id, options.nodes) if on_gpu else 0
+    options = resolved(options, target.spec.num_experts, num_gpus)
+    ranks = tensor_parallel_size(options.vllm_flags)
+    placement = check(options, target, options.routers * ranks)
     if not on_gpu:
         check_memory(target.spec, placement, options, sessions.cluster_memory())
-    ranks = tensor_parallel_size(options.vllm_flags)
     instance = f"{target.name.rstrip('/').rsplit('/', 1)[-1]}-{secrets.token_hex(3)}"
     trace = trace_path(options.trace, instance)
     launch = Launch(

@@ -75,8 +75,8 @@ class ServeOptions:
 
 
 def resolved(options: ServeOptions, num_experts: int, num_gpus: int) -> ServeOptions:
-    """With what was left open: shards, and which transport is auto. num_gpus: of this machine, 0 where vLLM computes on
-    the CPU."""
+    """With what was left open: shards, and which transport is auto. num_gpus: of the cluster, 0 where vLLM computes on
+    CPUs."""
     transport, shards = options.transport, options.shards
     if shards is None:
         shards = 1 if transport == "local" and num_gpus else default_shards(num_experts, num_gpus)
@@ -93,8 +93,8 @@ def default_shards(num_experts: int, num_gpus: int) -> int:
     return max(1, min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
-def check(options: ServeOptions, target: Target, num_routers: int) -> int:
-    """How many shards. options: `resolved`. Raises OptionError, PlacementError."""
+def check(options: ServeOptions, target: Target, num_routers: int) -> Placement:
+    """The first placement. options: `resolved`. Raises OptionError, PlacementError."""
     num_shards = options.shards
     assert num_shards is not None, "not resolved"
     if num_shards > target.spec.num_experts:
@@ -110,7 +110,7 @@ def check(options: ServeOptions, target: Target, num_routers: int) -> int:
         )
     if options.share_gpus is not None and options.transport != "ipc":
         raise OptionError(f"--share-gpus: of --transport ipc, not of {options.transport}")
-    return num_shards
+    return first_placement(target.spec, num_shards, options)
 
 
 def first_placement(spec: ModelSpec, num_shards: int, options: ServeOptions) -> Placement:
@@ -138,7 +138,7 @@ def check_memory(spec: ModelSpec, placement: Placement, options: ServeOptions, a
 
 
 def num_hosted(options: ServeOptions, num_shards: int, num_routers: int, num_gpus: int) -> int:
-    """Shards that live in routers' processes. num_gpus: of this machine, 0 where vLLM computes on the CPU."""
+    """Shards that live in routers' processes. num_gpus: of the cluster, 0 where vLLM computes on CPUs."""
     most = min(num_shards, num_routers) if options.transport == "ipc" else 0
     if options.share_gpus is None:
         return max(min(most, num_shards + num_routers - num_gpus), 0) if num_gpus else 0

@@ -13,7 +13,7 @@ from ep.errors import OptionError
 from ep.explain.context import ContextLength, context_length
 from ep.explain.current_rule import batch_defaults, current_rule
 from ep.explain.hardware import Hardware
-from ep.explain.layout import Layout, default_shards, plan_layout
+from ep.explain.layout import Layout, plan_layout
 from ep.explain.memory import KvCache, RouterMemory, ShardMemory, kv_cache, router_memory, shard_memory
 from ep.explain.older_rule import older_rule
 from ep.explain.parameters import Part, model_parts
@@ -23,6 +23,7 @@ from ep.explain.step_time import StepTime, decode_tokens, prefill_tokens, step_t
 from ep.explain.steps import Batch, Rule
 from ep.explain.tuned import TunedFile, device_of, tuned_files
 from ep.model import ModelSpec
+from ep.serve_options import default_shards
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def explain(
             f"--input-len {batch.input_len} --output-len {batch.output_len}: {batch.total_len} tokens, "
             f"expected at most {context.tokens}, max_model_len ({context.why})"
         )
-    shards = question.shards or default_shards(spec, question.nodes, hardware.gpus_per_node)
+    shards = question.shards or default_shards(spec.num_experts, question.nodes * hardware.gpus_per_node)
     layout = plan_layout(
         spec, question.nodes, hardware.gpus_per_node, shards, question.redundant, question.spare_slots
     )

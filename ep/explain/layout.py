@@ -37,12 +37,6 @@ class Layout:
         return self.shards + 1
 
 
-def default_shards(spec: ModelSpec, nodes: int, gpus_per_node: int) -> int:
-    """The largest power of two that leaves the router a GPU, no more than there are experts."""
-    gpus = nodes * gpus_per_node - 1
-    return min(spec.num_experts, 1 << max(0, gpus.bit_length() - 1))
-
-
 def plan_layout(
     spec: ModelSpec, nodes: int, gpus_per_node: int, shards: int, redundant: int = 0, spare_slots: int | None = None
 ) -> Layout:

@@ -80,7 +80,8 @@ def test_both_engines_say_whether_prefill_is_chunked() -> None:
     ]
     (note,) = current["notes"]
     assert "--transport socket" in note and "piecewise in place of full" in note
-    cuda = explain("mixtral-8x22b", "--device", "h200", "--input-len", "8192", "--output-len", "3")["older"]
+    apart = ("--device", "h200", "--shards", "4")
+    cuda = explain("mixtral-8x22b", *apart, "--input-len", "8192", "--output-len", "3")["older"]
     assert cuda["chunked_prefill"]["enabled"] and cuda["chunked_prefill"]["budget"] == 2048
     assert cuda["steps"][0]["count"] == 8192 * 32 // 2048 and not cuda["steps"][0]["captured"]
     assert any("8,192 x 8 tokens" in note for note in cuda["notes"])

@@ -18,7 +18,7 @@ from ep.explain.current_rule import BatchDefaults, batch_defaults, capture_sizes
 from ep.explain.document import document
 from ep.explain.explanation import Question, explain
 from ep.explain.hardware import list_hardware, load_hardware
-from ep.explain.layout import default_shards, plan_layout
+from ep.explain.layout import plan_layout
 from ep.explain.memory import BLOCK_TOKENS, MEMORY_SHARE, kv_cache, router_memory
 from ep.explain.older_rule import older_rule
 from ep.explain.page import show
@@ -27,7 +27,7 @@ from ep.explain.round_trip import row_bytes, shards_per_token
 from ep.explain.steps import Batch
 from ep.explain.words import sizes_list, span
 from ep.presets import list_presets, load_preset
-from ep.serve_options import ServeOptions, first_placement
+from ep.serve_options import ServeOptions, default_shards, first_placement
 from ep.transport.handshake import MAX_TOKENS
 from ep.wire import dispatch_layout
 
@@ -176,7 +176,8 @@ def test_a_layout_says_when_gpus_are_too_few(nodes: int, shards: int) -> None:
     spec = load_preset("deepseek-v3").spec
     layout = plan_layout(spec, nodes, 8, shards)
     assert (layout.beside_router > 0) == (shards + 1 > 8 * nodes) == ("too few" in layout.why)
-    assert default_shards(spec, nodes, 8) < 8 * nodes
+    most = default_shards(spec.num_experts, 8 * nodes)
+    assert most <= 8 * nodes < 2 * most and plan_layout(spec, nodes, 8, most).beside_router <= 1
 
 
 @given(
