@@ -116,7 +116,12 @@ class GpuDevice:
         if handle.pid == os.getpid():  # a process cannot map its own memory a second time
             return _shared_here[handle.address]
         assert isinstance(handle.shared, SharedTensor)
-        return shared_memory.open_shared(handle.shared, self.torch_device.index)
+        try:
+            return shared_memory.open_shared(handle.shared, self.torch_device.index)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.torch_device} cannot use memory of process {handle.pid}: {error} (--transport socket needs none)"
+            ) from error
 
     def map_host(self, address: int, num_bytes: int) -> int:
         users, mapped = _registered.get(address, (0, 0))

@@ -13,6 +13,7 @@ import pytest
 from ep.kernels import runtime, shared_memory
 from ep.kernels.runtime import MemoryCalls
 from ep.kernels.shared_memory import Memory, SharedTensor, get_handle
+from ep.transport.ipc_device import GpuDevice, TensorHandle
 
 HIP = runtime.HIP.memory
 SOURCE = """
@@ -76,3 +77,12 @@ def test_what_the_driver_refuses_is_an_error(driver: ctypes.CDLL) -> None:
 def test_both_platforms_have_every_call() -> None:
     assert set(vars(HIP)) == set(vars(runtime.CUDA.memory)) == set(MemoryCalls.__dataclass_fields__)
     assert all(name.startswith("hip") for key, name in vars(HIP).items() if key != "flags")
+
+
+def test_gpus_that_cannot_reach_each_other_are_named_with_a_way_out() -> None:
+    def refuse(*arguments: int) -> None:
+        raise RuntimeError("peer access is not supported between these two devices")
+
+    handle = TensorHandle(4242, 0, SharedTensor((0,) * 8, refuse))
+    with pytest.raises(RuntimeError, match=r"cuda:1 cannot use memory of process 4242: peer .* \(--transport socket"):
+        GpuDevice(1).open(handle)
