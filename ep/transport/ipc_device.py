@@ -119,9 +119,8 @@ class GpuDevice:
         try:
             return shared_memory.open_shared(handle.shared, self.torch_device.index)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.torch_device} cannot use memory of process {handle.pid}: {error} (--transport socket needs none)"
-            ) from error
+            reason = f"{self.torch_device} cannot use memory of process {handle.pid}: {error}"
+            raise RuntimeError(f"{reason} (--transport socket needs none)") from error
 
     def map_host(self, address: int, num_bytes: int) -> int:
         users, mapped = _registered.get(address, (0, 0))
