@@ -108,8 +108,8 @@ class Workspace:
     inter_scales: torch.Tensor | None
     parts: torch.Tensor
     row_assignment: torch.Tensor
-    position: torch.Tensor
     counts: torch.Tensor
+    starts: torch.Tensor
     blocks: torch.Tensor
     num_blocks: torch.Tensor
 
@@ -118,7 +118,7 @@ class Workspace:
         """Room for calls of up to max_tokens tokens with top_k choices each."""
         device, shape = weights.gate_up.device, weights.shape
         assignments = max_tokens * top_k
-        rows = assignments + SLACK_ROWS
+        rows, chunks = assignments + SLACK_ROWS, permute.num_chunks(max_tokens, top_k)
 
         def scales(columns: int) -> torch.Tensor | None:
             if not shape.quantized:
@@ -136,8 +136,8 @@ class Workspace:
             # Not bfloat16: rounded twice, a sum would be further off than its own rounding.
             parts=torch.empty(assignments if top_k > 1 else 0, shape.hidden, dtype=torch.float32, device=device),
             row_assignment=ints(rows),
-            position=ints(assignments),
-            counts=ints(permute.count_chunks(assignments), shape.num_slots),
+            counts=ints(chunks, shape.num_slots),
+            starts=ints(chunks, shape.num_slots),
             blocks=ints(permute.max_row_blocks(assignments, shape.num_slots, 16), permute.BLOCK_FIELDS),
             num_blocks=ints(1),
         )
@@ -177,7 +177,7 @@ def fused_moe(
     single = slot_ids.shape[1] == 1
     permute.permute_tokens(
         q, x_scales, slot_ids, num_tokens, workspace.rows, workspace.row_scales, workspace.row_assignment,
-        workspace.blocks, workspace.num_blocks, workspace.counts, workspace.position, out if single else None,
+        workspace.blocks, workspace.num_blocks, workspace.counts, workspace.starts, out if single else None,
         num_slots=shape.num_slots, block_m=config.block_m, fp8_max=fp8_max(shape.dtype) if shape.quantized else 0.0,
         pdl=device.has_tma and out.is_cuda,
     )  # fmt: skip
@@ -242,8 +242,8 @@ def _check(
         if tuple(tensor.shape) != size or tensor.dtype != kind or not tensor.is_contiguous():
             is_what = f"{tuple(tensor.shape)} {tensor.dtype}{'' if tensor.is_contiguous() else ', not contiguous'}"
             raise ValueError(f"fused_moe: {name} is {is_what}, expected contiguous {size} {kind}")
-    if slot_ids.numel() > workspace.position.numel():
-        room = workspace.position.numel()
+    room = len(workspace.row_assignment) - SLACK_ROWS
+    if slot_ids.numel() > room or permute.num_chunks(num_tokens, top_k) > len(workspace.counts):
         raise ValueError(f"fused_moe: {num_tokens} tokens x {top_k} choices, the workspace has room for {room} in all")
 
 

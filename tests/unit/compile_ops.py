@@ -17,7 +17,7 @@ from ep.presets import load_preset
 from tests.unit.cross_compile import record
 
 MODULES = {
-    "_route_kernel": gating, "_quantize_tokens_kernel": quant, "_count_kernel": permute, "_place_kernel": permute,
+    "_route_kernel": gating, "_quantize_tokens_kernel": quant, "_count_kernel": permute, "_start_kernel": permute,
     "_permute_kernel": permute, "sum_choices_kernel": fused_moe, "_assign_kernel": slots,
 }  # fmt: skip
 
@@ -51,10 +51,10 @@ def _experts(
     rows = torch.zeros(num_rows + fused_moe.SLACK_ROWS, hidden, dtype=dtype)
     quantized = dtype != torch.bfloat16
     row_scales = torch.zeros(hidden // 128, num_rows + fused_moe.SLACK_ROWS) if quantized else None
-    ints = [torch.zeros(4096, dtype=torch.int32) for _ in range(5)]
-    counts = torch.zeros(permute.count_chunks(num_rows), num_slots, dtype=torch.int32)
+    ints = [torch.zeros(4096, dtype=torch.int32) for _ in range(4)]
+    counts, starts = torch.zeros(2, permute.num_chunks(num_tokens, top_k), num_slots, dtype=torch.int32)
     permute.permute_tokens(
-        x, scales, ids, ints[0], rows, row_scales, ints[1], ints[2], ints[3], counts, ints[4], None,
+        x, scales, ids, ints[0], rows, row_scales, ints[1], ints[2], ints[3], counts, starts, None,
         num_slots=num_slots, block_m=16, fp8_max=quant.fp8_max(dtype) if quantized else 0.0, pdl=pdl,
     )  # fmt: skip
     parts = torch.zeros(num_rows, hidden)

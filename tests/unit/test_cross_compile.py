@@ -14,7 +14,7 @@ KERNELS = {
     "return_kernel", "begin_kernel",
 }  # fmt: skip
 OPS = {
-    "_route_kernel", "_quantize_tokens_kernel", "_count_kernel", "_place_kernel", "_permute_kernel",
+    "_route_kernel", "_quantize_tokens_kernel", "_count_kernel", "_start_kernel", "_permute_kernel",
     "sum_choices_kernel", "_assign_kernel",
 }  # fmt: skip
 MOVERS = KERNELS - {"begin_kernel", "wait_kernel", "take_kernel"}
