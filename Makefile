@@ -10,13 +10,13 @@ BIN    := .venv/bin
 serve: setup
 	@exec $(BIN)/ep serve deepseek-v3 $(ARGS)
 
-# What may run beside other tests on all cores, then those that start servers, one after the other.
+# Tests that start servers, one after the other on one worker, and on the others all that may run beside them: a server
+# that starts leaves nearly half of two cores idle.
 test: lint
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
-	@$(BIN)/python -m pytest -q -n auto -m "beside or not serving" tests/unit tests/serving
-	@$(BIN)/python -m pytest -m "not long and not beside" tests/serving tests/gpu
+	@$(BIN)/python -m pytest -n logical -m "not long" tests/serving tests/unit tests/gpu
 endif
 
 # Further servers, which would take `make test` past its time.

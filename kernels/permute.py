@@ -99,7 +99,7 @@ def _write_block_table(count, blocks_ptr, num_blocks_ptr, block_m, SLOTS: tl.con
     slot_blocks = (count + block_m - 1) // block_m
     block_start = tl.cumsum(slot_blocks, 0) - slot_blocks
     tl.store(num_blocks_ptr, tl.sum(slot_blocks, 0))
-    for nth in range(0, tl.max(slot_blocks, 0)):
+    for nth in range(tl.max(slot_blocks, 0)):
         entry = blocks_ptr + (block_start + nth) * 4
         first = row_start + nth * block_m
         mask = nth < slot_blocks
@@ -180,7 +180,7 @@ def _permute_kernel(
         values = q.to(rows_ptr.dtype.element_ty)
     elif COPY_SCALES:
         scale = tl.load(x_scales_ptr + token * (HIDDEN // GROUP) + column, mask=has_block, other=0.0)
-    for choice in range(0, TOP_K):
+    for choice in range(TOP_K):
         assignment = token * TOP_K + choice
         mine = tl.load(slot_ids_ptr + assignment)
         if (mine >= 0) & (mine < num_slots):

@@ -17,7 +17,7 @@ GATE = "_route_kernel"
 KINDS = {
     "gate": re.compile(f"^{GATE}$"),
     "dispatch": re.compile(r"^(begin|dispatch|_assign)_kernel$"),
-    "experts here": re.compile(r"^(_quantize_tokens|_permute|_count|_place|grouped_gemm\w*|sum_choices)_kernel$"),
+    "experts here": re.compile(r"^(_quantize_tokens|_permute|_count|_start|grouped_gemm\w*|sum_choices)_kernel$"),
     "experts elsewhere": re.compile(r"^wait(_and_combine)?_kernel$"),
     "combine": re.compile(r"^combine_kernel$"),
     "attention": re.compile(r"attention|attn|flash|fmha|mla|reshape_and_cache|concat_and_cache", re.IGNORECASE),

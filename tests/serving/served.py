@@ -22,6 +22,8 @@ import psutil
 _SCRIPT = Path(sys.executable).parent / "ep"
 EP = [str(_SCRIPT)] if _SCRIPT.is_file() else [sys.executable, "-m", "ep"]
 START_S = 180.0
+EAGER = ("--", "--enforce-eager")
+"""For tests that are not about what vLLM compiles, a quarter of a start."""
 STOP_S = 30.0
 
 

@@ -9,8 +9,6 @@ import pytest
 from ep.bench.client import Client, Load
 from ep.errors import EpError
 
-pytestmark = pytest.mark.beside
-
 
 def test_what_goes_wrong_names_the_log_and_ends_with_the_context(tmp_path: Path) -> None:
     load = Load(2, 8, 4, 4, 0)

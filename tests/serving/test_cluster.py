@@ -23,7 +23,7 @@ from ep.bench.server import EP_COMMAND, Server, free_port
 from ep.errors import EpError
 from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
-from tests.serving.served import ep_environment, run_ep
+from tests.serving.served import EAGER, ep_environment, run_ep
 
 MODEL = "deepseek-v3"
 NUM_HOSTS, CPUS = 3, 2
@@ -52,7 +52,7 @@ def serving(
     cluster: HostCluster, num_shards: int, num_nodes: int, logs: Path, transport: str = "socket"
 ) -> Iterator[Server]:
     checkpoint, trace = cached_checkpoint(load_preset(MODEL)), logs / f"{num_nodes}-{transport}.trace"
-    flags = ("--transport", transport, "--trace-window", "0.5", "--", "--max-model-len", "512")
+    flags = ("--transport", transport, "--trace-window", "0.5", *EAGER, "--max-model-len", "512")
     server = start_server(cluster, MODEL, checkpoint, Spread(num_shards, num_nodes), trace, logs, flags)
     try:
         server.wait_until_ready(START_S)

@@ -22,8 +22,6 @@ from ep.explain.tuned import tuned_files
 from ep.presets import list_presets, load_preset
 from tests.cases import small_checkpoint
 
-pytestmark = pytest.mark.beside
-
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:

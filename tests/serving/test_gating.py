@@ -8,8 +8,6 @@ import torch
 from ep.kernels.reference import route
 from ep.presets import load_preset
 
-pytestmark = pytest.mark.beside
-
 
 @pytest.mark.parametrize("skew", [0.0, 0.3])
 def test_gating_equals_vllm_grouped_topk(skew: float) -> None:

@@ -10,7 +10,6 @@ from ep.engine.ops import SPLITTING_OPS
 from ep.engine.server import parse_flags, split_at_experts
 from ep.errors import OptionError
 
-pytestmark = pytest.mark.beside
 ATTENTION = "vllm::unified_attention_with_output"
 
 

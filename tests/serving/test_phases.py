@@ -11,8 +11,6 @@ from vllm.forward_context import ForwardContext, override_forward_context
 
 from ep.engine.phases import token_phases
 
-pytestmark = pytest.mark.beside
-
 
 @dataclass
 class Metadata:

@@ -17,7 +17,7 @@ import ray
 from ep.bench.streams import Stream, StreamLoad, run_streams
 from ep.instances import coordinators
 from ep.trace import read_trace
-from tests.serving.served import Served, run_ep, serve
+from tests.serving.served import EAGER, Served, run_ep, serve
 
 pytestmark = pytest.mark.serving
 MODEL = "deepseek-v3"
@@ -28,7 +28,7 @@ LOAD = StreamLoad(num_prompts=32, concurrency=16, input_len=24, output_len=96)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("rebalance")
     flags = ("--synthetic", "--address", "local", "--shards", "4", "--redundant", "8", "--rebalance-interval", "1")
-    with serve(MODEL, *flags, "--trace", str(folder / "load.trace"), folder=folder) as served:
+    with serve(MODEL, *flags, "--trace", str(folder / "load.trace"), *EAGER, folder=folder) as served:
         assert not served.status()["rebalances"].get("failed")  # while it started there was nothing to fail
         assert not rebalance(served, "--no-auto")["auto_rebalance"]
         yield served

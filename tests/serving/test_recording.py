@@ -17,7 +17,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from ep.trace import Trace, parse_trace, read_trace
-from tests.serving.served import Served, run_ep, serve
+from tests.serving.served import EAGER, Served, run_ep, serve
 
 MODEL = "deepseek-v3"
 NUM_SHARDS = 2
@@ -58,7 +58,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     folder = tmp_path_factory.mktemp("recording")
     path = folder / "served.trace"
     arguments = ("--synthetic", "--address", "local", "--shards", str(NUM_SHARDS), "--spare-slots", "0")
-    with serve(MODEL, *arguments, "--trace", str(path), "--trace-window", "1", folder=folder) as served:
+    with serve(MODEL, *arguments, "--trace", str(path), "--trace-window", "1", *EAGER, folder=folder) as served:
         with ThreadPoolExecutor(len(LENGTHS)) as pool:
             list(pool.map(lambda lengths: request(served, *lengths), LENGTHS))
         status = served.status()

@@ -23,8 +23,6 @@ from ep.engine.failed_step import FailedStep
 from ep.presets import load_preset
 from ep.synthetic import cached_checkpoint
 
-pytestmark = pytest.mark.beside
-
 BLOCK, FIRST, GARBAGE = 16, 1000, 7
 """Tokens of a block of the KV cache; the first token of answers; what a step yields that builds upon a failed one."""
 MAX_STEPS = 2000

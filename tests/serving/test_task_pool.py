@@ -13,8 +13,6 @@ import ray
 from ep.cluster.task_pool import run_tasks
 from ep.errors import ClusterError
 
-pytestmark = pytest.mark.beside
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:

@@ -22,14 +22,16 @@ MAX_TIES = 0.02
 MAX_ROUNDED = 2
 """Of the prompts, where the CPU has only the op that rounds every expert's row to bf16, and native rounds their sum: a
 gate that is as good as tied may pick another expert then, and does so however the shards are reached."""
-CASES = [
-    Case(1, "local"),
+CASES = [Case(1, "local"), Case(4, "unix"), Case(2, "ipc")]
+FURTHER_CASES = [
     Case(2, "tcp"),
-    Case(4, "unix"),
-    Case(2, "ipc"),
     Case(2, "unix", num_alone=8),
+    Case(2, "local"),
+    Case(4, "local"),
+    Case(1, "unix"),
+    Case(4, "tcp"),
+    Case(4, "ipc"),
 ]
-FURTHER_CASES = [Case(2, "local"), Case(4, "local"), Case(1, "unix"), Case(4, "tcp"), Case(4, "ipc")]
 FEW_CASES = [Case(1, "local"), Case(2, "ipc")]
 
 

@@ -248,5 +248,5 @@ class Interleavings(RuleBasedStateMachine):
         self.block.close()
 
 
-Interleavings.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+Interleavings.TestCase.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 TestInterleavings = Interleavings.TestCase

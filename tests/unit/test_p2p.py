@@ -190,7 +190,7 @@ def test_headers_survive_packing(seq: int, layer: int, tokens: int, generation: 
 
 
 @on_cpu
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     num_routers=st.integers(1, 11),
     messages=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 13), st.integers(0, 3), st.sampled_from([7, 9, 8]),
