@@ -120,7 +120,7 @@ def test_a_vllm_flag_that_does_not_fit_the_model() -> None:
 def test_unknown_vllm_flag() -> None:
     from ep.engine.server import parse_flags
 
-    with pytest.raises(OptionError, match="vLLM flags after `--`: .*--no-such-flag"):
+    with pytest.raises(OptionError, match=r"vLLM flags after `--`: .*--no-such-flag"):
         parse_flags(["--no-such-flag"])
 
 
