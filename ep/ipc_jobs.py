@@ -19,6 +19,8 @@ RETRY_S = 1e-3
 """After a job that found nothing, for a message that the host has seen: how long until another one looks for it."""
 DECODE_ROWS = 256
 """Of larger jobs two at a time are enough: they take longer than a launch, and what comes next may be small again."""
+PROMPT_PATIENCE = 8
+"""Times as many looks for messages of more rows: attention to a prompt takes longer from one layer to the next."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,6 @@ class Demand:
 
 
 def bucket(num_rows: int) -> int:
-    """The captured capacity for so many rows: 1, 2, 4, then multiples of 8 up to 256, of 64 beyond."""
-    step = 8 if num_rows <= 256 else 64
+    """The captured capacity for so many rows: 1, 2, 4, multiples of 8 up to 256, of 64 up to 1,024, then of 512."""
+    step = 8 if num_rows <= 256 else 64 if num_rows <= 1024 else 512
     return next((size for size in (1, 2, 4) if num_rows <= size), -(-num_rows // step) * step)

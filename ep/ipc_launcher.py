@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from ep.compute.base import JobCompute
-from ep.ipc_jobs import IpcLimits, bucket
+from ep.ipc_jobs import DECODE_ROWS, PROMPT_PATIENCE, IpcLimits, bucket
 from ep.kernels import p2p
 from ep.kernels import p2p_layout as layout
 from ep.kernels.p2p import Desk, Job
@@ -119,7 +119,8 @@ class JobLauncher:
     def _run(self, capacity: int) -> None:
         launch, of, limits = self._device.launch, self._operands, self._limits
         sizes = (capacity, limits.job_tokens, of.part)
-        waiting = (limits.patience, limits.window, limits.whole_rows)
+        patience = limits.patience if capacity <= DECODE_ROWS else PROMPT_PATIENCE * limits.patience
+        waiting = (patience, limits.window, limits.whole_rows)
         launch(p2p.take, of.desk, of.message, of.num_layers, of.job, *sizes, *waiting)
         launch(p2p.collect, of.desk, of.message, of.job, capacity)
         self._compute(of.job, capacity, of.partials[:capacity])

@@ -16,12 +16,11 @@ from ep.transport.ipc_device import GpuDevice, IpcDevice
 MESSAGE_TOKENS = 4096
 """Tokens of one message, and of one job, at most: larger batches go out in parts, and the buffers of every pair are
 sized for these."""
-GRAPH_TOKENS = 1024
-"""Of the largest job that is captured: what decodes, with a prompt or two."""
 HOST_NAP_S = 1e-4
 """An idle shard on a CPU leaves its core to the others, which a shard beside a GPU need not."""
 DEPTH, LINGER_S, PATIENCE = 8, 5e-3, 1 << 13
-"""Jobs that wait on a GPU, and for how long: from one step to the next, not from one request to another."""
+"""Jobs that wait on a GPU, all of them captured graphs: their launch has the interpreter for less time than a kernel's.
+And for how long: from one step to the next, not from one request to another."""
 LOOK_S = 4e-7
 """One look on an H200, while there is a message."""
 HOSTED_NAP_S = 5e-5
@@ -55,7 +54,7 @@ def limits(device: torch.device, is_hosted: bool = False, layer_bytes: float = 0
     from ep.kernels.devices import memory_bytes_per_s
 
     seconds = layer_bytes / memory_bytes_per_s(torch.cuda.get_device_properties(device))
-    waiting = IpcLimits(MESSAGE_TOKENS, GRAPH_TOKENS, DEPTH, LINGER_S, PATIENCE, round(seconds / LOOK_S), whole_rows)
+    waiting = IpcLimits(MESSAGE_TOKENS, MESSAGE_TOKENS, DEPTH, LINGER_S, PATIENCE, round(seconds / LOOK_S), whole_rows)
     return replace(waiting, spin_s=0.0, nap_s=HOSTED_NAP_S) if is_hosted else waiting
 
 
