@@ -35,11 +35,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What runs beside servers gives way to them: their threads wait for each other without giving up their cores."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        from tests.one_server import needs_the_machine
+        from tests.one_server import gives_way
 
-        if not needs_the_machine(str(item.path)):
+        if gives_way(str(item.path)):
             os.nice(19)
 
 
