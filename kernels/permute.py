@@ -161,7 +161,6 @@ def _permute_kernel(
             _write_block_table(_count_slots(slot, SLOTS), blocks_ptr, num_blocks_ptr, block_m, SLOTS)
             return
         token -= 1
-        first = 0
         order = tl.where(slot >= 0, slot * ASSIGNMENTS + offset, 0x7FFFFFFF)
     else:
         SIZE: tl.constexpr = ASSIGNMENTS // TOP_K * TOP_K

@@ -6,25 +6,23 @@ from pathlib import Path
 
 from xdist.scheduler import LoadScopeScheduling
 
-BESIDE = {
-    "test_bad_input.py", "test_bench_client.py", "test_explain.py", "test_gating.py", "test_graphs.py",
-    "test_phases.py", "test_scheduler.py", "test_task_pool.py",
-}  # fmt: skip
-"""In tests/serving: what starts no server of its own, or one that ends before it serves."""
-
-
+BESIDE = (
+    "test_bad_input", "test_bench_client", "test_explain", "test_gating", "test_graphs", "test_phases",
+    "test_scheduler", "test_task_pool",
+)  # fmt: skip
+"""In tests/serving: modules that start no server of their own, or one that ends before it serves."""
 TIMED = (
     "test_bench_server", "test_graph_router", "test_group_router", "test_handover", "test_hosts", "test_ipc",
     "test_mailbox", "test_memory", "test_metrics", "test_mover", "test_recorder", "test_router", "test_shard",
     "test_tcp", "test_trace_log", "test_transport",
 )  # fmt: skip
-"""In tests/unit: how names of modules begin that look at the clock, or whose processes wait for each other's. They come
-before all that gives way to servers."""
+"""In tests/unit: how the names of modules begin that look at the clock, or whose processes wait for each other. They
+come before all that gives way to servers."""
 
 
 def needs_the_machine(path: str) -> bool:
     """Whether what is tested there starts servers, or runs on a GPU."""
-    return Path(path).parent.name != "unit" and Path(path).name not in BESIDE
+    return Path(path).parent.name != "unit" and not Path(path).name.startswith(BESIDE)
 
 
 def gives_way(path: str) -> bool:
